@@ -1,0 +1,156 @@
+"""Acceptance rules: which drafts the target confirms, and the token it adds itself.
+
+A rule is a frozen, hashable object (a static jit argument) called once a round with the target's logits at every node.
+Each child is judged by its parent's distribution; a path stops at its first failure; the longest accepted path wins.
+Everything is vectorised over the static tree: whether a path holds is one masked reduction over the ancestor mask, so
+short paths need no padding token.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from specjax.errors import ConfigError
+from specjax.sampling import check, warp
+from specjax.tree import Tree
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Verdict:
+    """The outcome of a round: the deepest accepted node, its depth (accepted drafts), and the target's own next token."""
+
+    node: Int[Array, ""]
+    accepted: Int[Array, ""]
+    next_token: Int[Array, ""]
+
+
+class Acceptance(Protocol):
+    """`(logits [M V], tokens [M], tree, key) -> Verdict`, pure; `lossless` says whether the target's law is preserved."""
+
+    lossless: ClassVar[bool]
+    needs_key: bool
+
+    def __call__(
+        self, logits: Float[Array, "M V"], tokens: Int[Array, "M"], tree: Tree, key: jax.Array
+    ) -> Verdict: ...
+
+
+def top_token(logits: Float[Array, "*T V"]) -> Int[Array, "*T"]:
+    """Arg-max, ties to the lowest id. `top_k` has that order too, and XLA:CPU runs it faster than `argmax`."""
+    return jax.lax.top_k(logits, 1)[1][..., 0].astype(jnp.int32)
+
+
+def _on_accepted_path(passes: Bool[Array, "M"], tree: Tree) -> Bool[Array, "M"]:
+    """Whether a node and all its ancestors pass; the root always does."""
+    return jnp.all(passes.at[0].set(True) | ~jnp.asarray(tree.ancestors), axis=1)
+
+
+def _deepest(accepted: Bool[Array, "M"], tree: Tree) -> Int[Array, ""]:
+    # Nodes are in breadth-first order, so that the first maximum is on the first of the longest paths.
+    return jnp.argmax(jnp.where(accepted, jnp.asarray(tree.depths), -1)).astype(jnp.int32)
+
+
+def _parents(tree: Tree) -> Int[Array, "M"]:
+    return jnp.asarray((0, *tree.parents[1:]), jnp.int32)
+
+
+def _follow(chosen: Int[Array, "M"], tokens: Int[Array, "M"], tree: Tree) -> Verdict:
+    """The verdict when the target's choice after every node is known: a draft holds if it is its parent's choice."""
+    node = _deepest(_on_accepted_path(tokens == chosen[_parents(tree)], tree), tree)
+    return Verdict(node, jnp.asarray(tree.depths)[node], chosen[node])
+
+
+@dataclass(frozen=True)
+class Greedy:
+    """Accepts a draft that is the target's arg-max: the output equals autoregressive greedy decoding, token for token."""
+
+    lossless: ClassVar[bool] = True
+    needs_key: ClassVar[bool] = False
+
+    def __call__(self, logits: Float[Array, "M V"], tokens: Int[Array, "M"], tree: Tree, key: jax.Array) -> Verdict:
+        return _follow(top_token(logits), tokens, tree)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Lossless sampling from the warped target, for deterministic proposals (distinct siblings, one-hot q).
+
+    Walking the siblings, accepting x with probability p(x) and renormalising after each rejection accepts child x with
+    probability p(x) in all, and otherwise draws from p without the children. So does drawing once from p at every node
+    and following the child that was drawn: the same law, vectorised, and exact by construction.
+
+    Raises:
+      ConfigError: a parameter outside its range.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    lossless: ClassVar[bool] = True
+    needs_key: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check(self.temperature, self.top_k, self.top_p)
+
+    def __call__(self, logits: Float[Array, "M V"], tokens: Int[Array, "M"], tree: Tree, key: jax.Array) -> Verdict:
+        warped = warp(logits, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
+        return _follow(jax.random.categorical(key, warped).astype(jnp.int32), tokens, tree)
+
+
+@dataclass(frozen=True)
+class Typical:
+    """Typical acceptance (Medusa, section 2.3.1). **Not lossless**: it accepts any plausible token.
+
+    With p = softmax(logits / temperature) and H = -sum p ln(p + 1e-5), rule `paper` accepts a draft x while
+    p[x] > min(epsilon, delta * exp(-H)); rule `abyo` (the Rust system's) while p[x] >= max(epsilon, delta * exp(-H)).
+    Among the longest accepted paths the one with the largest sum of ln p wins. The target's own token is its arg-max,
+    as in the paper, or with `bonus="sample"` a draw from p.
+
+    Raises:
+      ConfigError: a parameter outside its range.
+    """
+
+    temperature: float = 0.7
+    epsilon: float = 0.09
+    delta: float = 0.3
+    rule: Literal["paper", "abyo"] = "paper"
+    bonus: Literal["greedy", "sample"] = "greedy"
+    lossless: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ConfigError(f"temperature is {self.temperature}; typical acceptance needs a positive one (or use Greedy).")
+        if not (0 <= self.epsilon <= 1 and self.delta >= 0):
+            raise ConfigError(f"epsilon {self.epsilon}, delta {self.delta}; expected 0 <= epsilon <= 1 and delta >= 0.")
+        if self.rule not in ("paper", "abyo") or self.bonus not in ("greedy", "sample"):
+            raise ConfigError(f"rule {self.rule!r}, bonus {self.bonus!r}; expected 'paper' or 'abyo', 'greedy' or 'sample'.")
+
+    @property
+    def needs_key(self) -> bool:
+        """Whether a PRNG key is consumed."""
+        return self.bonus == "sample"
+
+    def __call__(self, logits: Float[Array, "M V"], tokens: Int[Array, "M"], tree: Tree, key: jax.Array) -> Verdict:
+        log_p = jax.nn.log_softmax(logits / self.temperature, axis=-1)
+        p = jnp.exp(log_p)
+        bar = self.delta * jnp.exp(jnp.sum(p * jnp.log(p + 1e-5), axis=-1))
+        parents = _parents(tree)
+        drafted = log_p[parents, tokens]
+        if self.rule == "paper":
+            passes = jnp.exp(drafted) > jnp.minimum(self.epsilon, bar)[parents]
+        else:
+            passes = jnp.exp(drafted) >= jnp.maximum(self.epsilon, bar)[parents]
+        accepted = _on_accepted_path(passes, tree)
+        depths, ancestors = jnp.asarray(tree.depths), jnp.asarray(tree.ancestors)
+        longest = accepted & (depths == jnp.max(jnp.where(accepted, depths, 0)))
+        score = jnp.sum(jnp.where(ancestors, drafted.at[0].set(0.0), 0.0), axis=1)
+        node = jnp.argmax(jnp.where(longest, score, -jnp.inf)).astype(jnp.int32)
+        if self.bonus == "sample":
+            next_token = jax.random.categorical(key, logits[node] / self.temperature).astype(jnp.int32)
+        else:
+            next_token = top_token(logits[node])
+        return Verdict(node, depths[node], next_token)

@@ -1,0 +1,1 @@
+"""Measuring and drawing what drafters and trees do."""

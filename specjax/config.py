@@ -1,0 +1,279 @@
+"""Model configuration: one frozen, hashable description of a Qwen2 or Llama decoder.
+
+Sources: Hugging Face `config.json` (`from_hf`), GGUF metadata (`from_gguf`), and the published presets below.
+A feature that would change results is honoured or refused here; nothing is ignored.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from specjax.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Rotary frequency scaling.
+
+    `linear` divides every frequency by `factor`. `llama3` (Llama 3.1) divides the long wavelengths by `factor`, keeps
+    the short ones and interpolates between them. `divisors` divides each of the H/2 frequencies by its own number:
+    how GGUF files store the `llama3` rule (tensor `rope_freqs.weight`).
+    """
+
+    kind: Literal["linear", "llama3", "divisors"]
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192
+    divisors: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder's shape. Axis letters: V vocabulary, D width, F feed-forward, L layers, N query, K key/value heads, H head dim."""
+
+    family: Literal["llama", "qwen2"]
+    vocab_size: int  # V
+    hidden_size: int  # D
+    intermediate_size: int  # F
+    num_layers: int  # L
+    num_heads: int  # N
+    num_kv_heads: int  # K
+    head_dim: int  # H
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    rms_norm_eps: float = 1e-6
+    qkv_bias: bool = False
+    tie_word_embeddings: bool = False
+    max_positions: int = 2048  # tokens, prompt and continuation together
+    sliding_window: int | None = None  # a query sees the last `sliding_window` positions, itself included
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        for field in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads",
+                      "head_dim", "max_positions"):  # fmt: skip
+            value = getattr(self, field)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{field} is {value!r}; expected a positive integer.")
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}; "
+                "grouped-query attention needs every key/value head to serve the same number of query heads."
+            )
+        if self.head_dim % 2:
+            raise ConfigError(f"head_dim is {self.head_dim}; rotary embeddings need an even one.")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ConfigError(f"sliding_window is {self.sliding_window}; expected a positive number of tokens, or None.")
+
+    @property
+    def group_size(self) -> int:
+        """G, query heads per key/value head."""
+        return self.num_heads // self.num_kv_heads
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any], generation_config: Mapping[str, Any] | None = None) -> "ModelConfig":
+        """Reads a Hugging Face `config.json` (and `generation_config.json`, whose EOS list wins when it is there).
+
+        Raises:
+          ConfigError: a missing key, an unsupported `model_type`, or a feature this decoder does not compute.
+        """
+        kind = config.get("model_type")
+        if kind not in ("llama", "mistral", "qwen2"):
+            raise ConfigError(f"model_type is {kind!r}; supported are 'llama', 'mistral' and 'qwen2'.")
+        _refuse_unsupported(config)
+        missing = [key for key in _HF_REQUIRED if config.get(key) is None]
+        if missing:
+            raise ConfigError(f"config.json lacks {missing}; is this the config of a causal {kind} model?")
+        heads = int(config["num_attention_heads"])
+        generation = dict(generation_config or {})
+        eos = generation.get("eos_token_id")
+        return cls(
+            family="qwen2" if kind == "qwen2" else "llama",
+            vocab_size=int(config["vocab_size"]),
+            hidden_size=int(config["hidden_size"]),
+            intermediate_size=int(config["intermediate_size"]),
+            num_layers=int(config["num_hidden_layers"]),
+            num_heads=heads,
+            num_kv_heads=int(config.get("num_key_value_heads") or heads),
+            head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
+            rope_theta=_rope_theta(config),
+            rope_scaling=_rope_scaling(config),
+            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            qkv_bias=kind == "qwen2",
+            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            max_positions=int(config.get("max_position_embeddings", 2048)),
+            sliding_window=_sliding_window(config),
+            bos_token_id=config.get("bos_token_id"),
+            eos_token_ids=_as_ids(config.get("eos_token_id") if eos is None else eos),
+            name=str(config.get("_name_or_path") or kind),
+        )
+
+    @classmethod
+    def from_gguf(
+        cls, metadata: Mapping[str, Any], *, tied: bool, rope_divisors: Sequence[float] | None = None
+    ) -> "ModelConfig":
+        """Reads GGUF key/value metadata.
+
+        Args:
+          metadata: decoded values by key (`general.architecture`, `llama.block_count`, ...).
+          tied: whether the file lacks `output.weight`, which is how GGUF says that the LM head is the embedding.
+          rope_divisors: the tensor `rope_freqs.weight` [H/2] where the file has one (Llama 3.1 and later).
+
+        Raises:
+          ConfigError: an architecture other than `llama` or `qwen2`, a missing key, or unsupported RoPE scaling.
+        """
+        arch = metadata.get("general.architecture")
+        if arch not in ("llama", "qwen2"):
+            raise ConfigError(f"general.architecture is {arch!r}; GGUF files of 'llama' and 'qwen2' can be loaded.")
+
+        def get(key: str, default: Any = None) -> Any:
+            value = metadata.get(f"{arch}.{key}", default)
+            if value is None:
+                raise ConfigError(f"the GGUF metadata lacks {arch}.{key}; the file is incomplete or of another format.")
+            return value
+
+        if int(get("expert_count", 0)):
+            raise ConfigError(f"{arch}.expert_count is {get('expert_count')}; mixture-of-experts layers are not supported.")
+        heads, width = int(get("attention.head_count")), int(get("embedding_length"))
+        head_dim = int(get("attention.key_length", width // heads))
+        if int(get("rope.dimension_count", head_dim)) != head_dim:
+            raise ConfigError(f"rope.dimension_count is {get('rope.dimension_count')}, head_dim {head_dim}; partial rotary "
+                              "embeddings are not supported.")  # fmt: skip
+        scaling_kind = get("rope.scaling.type", "none")
+        if scaling_kind not in ("none", "linear"):
+            raise ConfigError(f"rope.scaling.type is {scaling_kind!r}; GGUF files with 'none' or 'linear' can be loaded.")
+        scaling = RopeScaling("linear", float(get("rope.scaling.factor"))) if scaling_kind == "linear" else None
+        if rope_divisors is not None:
+            if len(rope_divisors) != head_dim // 2 or scaling is not None:
+                raise ConfigError(f"rope_freqs.weight has {len(rope_divisors)} entries beside rope.scaling.type "
+                                  f"{scaling_kind!r}; expected {head_dim // 2} and 'none'.")  # fmt: skip
+            scaling = RopeScaling("divisors", divisors=tuple(float(d) for d in rope_divisors))
+        window = metadata.get(f"{arch}.attention.sliding_window")
+        eos = [metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot")]
+        vocab = metadata.get("tokenizer.ggml.tokens")
+        return cls(
+            family="qwen2" if arch == "qwen2" else "llama",
+            vocab_size=int(get("vocab_size", len(vocab) if vocab is not None else None)),
+            hidden_size=width,
+            intermediate_size=int(get("feed_forward_length")),
+            num_layers=int(get("block_count")),
+            num_heads=heads,
+            num_kv_heads=int(get("attention.head_count_kv", heads)),
+            head_dim=head_dim,
+            rope_theta=float(get("rope.freq_base", 10_000.0)),
+            rope_scaling=scaling,
+            rms_norm_eps=float(get("attention.layer_norm_rms_epsilon")),
+            qkv_bias=arch == "qwen2",
+            tie_word_embeddings=tied,
+            max_positions=int(get("context_length")),
+            sliding_window=int(window) if window else None,
+            bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
+            eos_token_ids=_as_ids([token for token in eos if token is not None]),
+            name=str(metadata.get("general.name", arch)),
+        )
+
+    @classmethod
+    def preset(cls, name: str) -> "ModelConfig":
+        """A published model's shape by name, e.g. for a randomly initialised stand-in of that size.
+
+        Raises:
+          ConfigError: an unknown name; the message lists the known ones.
+        """
+        if name not in PRESETS:
+            raise ConfigError(f"no preset {name!r}; known are {sorted(PRESETS)}.")
+        return PRESETS[name]
+
+
+_HF_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+
+def _refuse_unsupported(config: Mapping[str, Any]) -> None:
+    kind = config["model_type"]
+    expected: dict[str, Sequence[Any]] = {
+        "hidden_act": ("silu", "swish", None),
+        "attention_bias": (False, None) if kind != "qwen2" else (True, False, None),
+        "mlp_bias": (False, None),
+        "partial_rotary_factor": (1.0, None),
+        "quantization_config": (None,),
+    }
+    for key, allowed in expected.items():
+        value = config.get(key)
+        if value not in allowed:
+            raise ConfigError(f"config.json has {key}={value!r}; this decoder computes only {allowed[0]!r}.")
+
+
+def _rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
+    # transformers >= 5 writes rope_parameters (theta inside), earlier versions rope_scaling beside rope_theta.
+    return dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+
+
+def _rope_theta(config: Mapping[str, Any]) -> float:
+    theta = config.get("rope_theta")
+    return float(theta if theta is not None else _rope_parameters(config).get("rope_theta", 10_000.0))
+
+
+def _rope_scaling(config: Mapping[str, Any]) -> RopeScaling | None:
+    rope = _rope_parameters(config)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind == "linear":
+        return RopeScaling("linear", float(rope["factor"]))
+    if kind == "llama3":
+        return RopeScaling(
+            "llama3",
+            float(rope["factor"]),
+            float(rope["low_freq_factor"]),
+            float(rope["high_freq_factor"]),
+            int(rope["original_max_position_embeddings"]),
+        )
+    raise ConfigError(f"rope_type is {kind!r}; supported are 'default', 'linear' and 'llama3'.")
+
+
+def _sliding_window(config: Mapping[str, Any]) -> int | None:
+    window, layers = config.get("sliding_window"), config["num_hidden_layers"]
+    if window is None or not config.get("use_sliding_window", config["model_type"] == "mistral"):
+        return None
+    if config["model_type"] == "qwen2" and config.get("max_window_layers", 28) > 0:  # 28: transformers' default
+        full = config.get("max_window_layers", 28)
+        if full >= layers:
+            return None  # the first `max_window_layers` layers attend to everything
+        raise ConfigError(f"max_window_layers is {full} of {layers}; sliding windows in only some layers are not supported.")
+    return int(window)
+
+
+def _as_ids(value: Any) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    ids = [value] if isinstance(value, int) else list(value)
+    return tuple(dict.fromkeys(int(token) for token in ids))
+
+
+def _llama(name: str, vocab: int, d: int, f: int, layers: int, n: int, k: int, **more: Any) -> ModelConfig:
+    return ModelConfig("llama", vocab, d, f, layers, n, k, d // n, name=name, **more)
+
+
+def _qwen2(name: str, vocab: int, d: int, f: int, layers: int, n: int, k: int, **more: Any) -> ModelConfig:
+    return ModelConfig("qwen2", vocab, d, f, layers, n, k, d // n, rope_theta=1e6, rms_norm_eps=1e-6, qkv_bias=True,
+                       max_positions=32_768, bos_token_id=151_643, eos_token_ids=(151_645, 151_643), name=name, **more)  # fmt: skip
+
+
+_LLAMA31_ROPE = RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
+
+PRESETS: dict[str, ModelConfig] = {
+    c.name: c
+    for c in (
+        _llama("smollm2-135m", 49_152, 576, 1536, 30, 9, 3, rope_theta=1e5, rms_norm_eps=1e-5, tie_word_embeddings=True,
+               max_positions=8192, bos_token_id=1, eos_token_ids=(2,)),  # fmt: skip
+        _llama("vicuna-7b", 32_000, 4096, 11_008, 32, 32, 32, rms_norm_eps=1e-5, max_positions=4096, bos_token_id=1,
+               eos_token_ids=(2,)),  # fmt: skip
+        _llama("llama-3.1-8b", 128_256, 4096, 14_336, 32, 32, 8, rope_theta=5e5, rms_norm_eps=1e-5,
+               rope_scaling=_LLAMA31_ROPE, max_positions=131_072, bos_token_id=128_000,
+               eos_token_ids=(128_001, 128_008, 128_009)),  # fmt: skip
+        _qwen2("qwen2.5-0.5b", 151_936, 896, 4864, 24, 14, 2, tie_word_embeddings=True),
+        _qwen2("qwen2.5-1.5b", 151_936, 1536, 8960, 28, 12, 2, tie_word_embeddings=True),
+        _qwen2("qwen2.5-7b", 152_064, 3584, 18_944, 28, 28, 4),
+    )
+}

@@ -1,0 +1,1 @@
+"""Drafters: what fills the tree. One file each."""

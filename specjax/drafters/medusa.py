@@ -1,0 +1,66 @@
+"""Medusa (Cai et al. 2024): heads that read the target's last feature fill the tree with their top-k tokens."""
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from specjax.acceptance import Verdict
+from specjax.config import ModelConfig
+from specjax.drafters.base import Context, Proposal
+from specjax.errors import ConfigError, TreeError
+from specjax.heads import Heads, draft_projection, top_tokens
+from specjax.params import Params
+from specjax.tree import Tree
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class MedusaDrafter:
+    """A node at depth d with rank r holds head d's r-th best token (heads counted from 1): a deterministic proposal."""
+
+    heads: Heads
+    tree: Tree = field(metadata={"static": True})
+
+    def check(self, config: ModelConfig) -> None:
+        """Checks that heads, tree and target fit each other.
+
+        Raises:
+          ConfigError: heads of another width or vocabulary than the target's.
+          TreeError: a tree deeper than there are heads, or wider than the vocabulary.
+        """
+        heads = self.heads.config
+        if (heads.hidden_size, heads.vocab_size) != (config.hidden_size, config.vocab_size):
+            raise ConfigError(
+                f"the heads are for hidden size {heads.hidden_size} and vocabulary {heads.vocab_size}, the target has "
+                f"{config.hidden_size} and {config.vocab_size}; load heads that were trained on this model."
+            )
+        if self.tree.max_depth > heads.num_heads:
+            raise TreeError(
+                f"the tree is {self.tree.max_depth} deep, but there are {heads.num_heads} heads; choose a shallower tree."
+            )
+        widest = max(self.tree.max_rank_by_depth, default=0)
+        if widest > (heads.reduced_vocab_size or heads.vocab_size):
+            raise TreeError(f"the tree asks for {widest} candidates at one depth, more than the heads' vocabulary holds.")
+
+    def init(self, target: Params, context: Context) -> Float[Array, "R D"] | None:
+        """The projection the heads multiply by, restricted to their vocabulary once for the whole generation."""
+        return draft_projection(self.heads, target.unembedding)
+
+    def propose(
+        self, target: Params, state: Float[Array, "R D"] | None, context: Context, key: jax.Array
+    ) -> Proposal:
+        """Top-k tokens of every head, laid out over the tree."""
+        if self.tree.max_depth == 0:
+            return Proposal(jnp.reshape(context.root, (1,)))
+        ranked = top_tokens(self.heads, state, context.features, max(self.tree.max_rank_by_depth))
+        head, rank = self.tree.depths[1:] - 1, np.asarray(self.tree.ranks[1:])
+        return Proposal(jnp.concatenate([context.root[None], ranked[head, rank]]))
+
+    def update(
+        self, state: Float[Array, "R D"] | None, context: Context, verdict: Verdict
+    ) -> Float[Array, "R D"] | None:
+        """Nothing to carry: the heads read only the newest feature, which the loop keeps."""
+        return state

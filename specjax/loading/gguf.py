@@ -1,0 +1,74 @@
+"""GGUF files of the `llama` and `qwen2` architectures: metadata, and tensors dequantised as they stream in.
+
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, read with the `gguf` package.
+"""
+
+import os
+from typing import Any
+
+import gguf
+import numpy as np
+from gguf.quants import dequantize
+from jax.typing import DTypeLike
+
+from specjax.config import ModelConfig
+from specjax.errors import CheckpointError
+from specjax.loading import layout
+from specjax.params import Params
+
+_ROPE_DIVISORS = "rope_freqs.weight"
+
+
+def load_gguf(path: str | os.PathLike[str], dtype: DTypeLike) -> tuple[Params, ModelConfig, dict[str, Any]]:
+    """Reads a `.gguf` file.
+
+    Args:
+      path: the file.
+      dtype: of the parameters; quantised tensors are dequantised through float32.
+
+    Returns:
+      The parameters, the configuration, and the metadata (from which `Tokenizer.from_gguf` is made).
+
+    Raises:
+      CheckpointError: not a GGUF file, a quantisation that the gguf package cannot read, or tensors that do not fit.
+      ConfigError: an architecture or feature that the decoder does not compute.
+    """
+    try:
+        reader = gguf.GGUFReader(path)
+    except (ValueError, IndexError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read as a GGUF file ({error}); is the download complete?") from error
+    metadata = {key: field.contents() for key, field in reader.fields.items()}
+    reader.fields.clear()  # one array header per token and merge: as large as a small model
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+
+    def rows(name: str, start: int, stop: int) -> np.ndarray:
+        tensor = tensors[name]
+        return dequantize(tensor.data[start:stop], tensor.tensor_type)
+
+    def shape(tensor: gguf.ReaderTensor) -> tuple[int, ...]:
+        return tuple(int(n) for n in reversed(tensor.shape))  # GGUF lists the fastest axis first
+
+    divisors = tensors.get(_ROPE_DIVISORS)
+    config = ModelConfig.from_gguf(
+        metadata,
+        tied="output.weight" not in tensors,
+        rope_divisors=None if divisors is None else rows(_ROPE_DIVISORS, 0, int(divisors.shape[0])).tolist(),
+    )
+    plan = layout.layout(config, layout.GGUF_NAMES, interleaved_rope=config.family == "llama")
+    problems = layout.check(plan, ((t.name, shape(t)) for t in reader.tensors), lambda name: name == _ROPE_DIVISORS)
+    problems += [
+        f"type: {t.name} is quantised as {t.tensor_type.name}, which the gguf package cannot dequantise"
+        for t in reader.tensors
+        if t.name in plan.shapes and not _readable(t.tensor_type)
+    ]
+    layout.refuse(problems, str(path))
+    return layout.fill(plan, rows, dtype), config, metadata
+
+
+def _readable(kind: gguf.GGMLQuantizationType) -> bool:
+    _, size = gguf.GGML_QUANT_SIZES[kind]
+    try:
+        dequantize(np.zeros((1, size), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True

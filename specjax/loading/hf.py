@@ -1,0 +1,130 @@
+"""Hugging Face directories: `config.json`, `generation_config.json` and safetensors, read and written."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors.numpy
+from jax.typing import DTypeLike
+
+from specjax.config import ModelConfig
+from specjax.errors import CheckpointError
+from specjax.loading import layout
+from specjax.loading import safetensors as tensors
+from specjax.params import Params
+
+
+def load_hf(directory: str | os.PathLike[str], dtype: DTypeLike) -> tuple[Params, ModelConfig]:
+    """Reads a Hugging Face directory, tensor by tensor.
+
+    Args:
+      directory: holds config.json and either model.safetensors or an index and its shards; generation_config.json
+        where there is one.
+      dtype: of the parameters; the files may be float16, bfloat16 or float32.
+
+    Raises:
+      CheckpointError: files missing or damaged, or tensors that do not fit; all of these are listed at once.
+      ConfigError: an architecture or feature that the decoder does not compute.
+    """
+    directory = Path(directory)
+    raw = _json(directory / "config.json")
+    if raw is None:
+        raise CheckpointError(f"{directory} has no config.json; expected a Hugging Face model directory.")
+    config = ModelConfig.from_hf(raw, _json(directory / "generation_config.json"))
+    plan = layout.layout(config, layout.HF_NAMES)
+    found = list(tensors.scan(tensors.files(directory)))
+
+    def ignored(name: str) -> bool:
+        # A buffer that old checkpoints hold, a tied head stored twice, and Medusa heads bundled beside their base.
+        tied = config.tie_word_embeddings and name == "lm_head.weight"
+        return tied or name.endswith("rotary_emb.inv_freq") or name.startswith("medusa_head.")
+
+    problems = layout.check(plan, ((t.name, t.shape) for t in found), ignored)
+    problems += [
+        f"dtype: {t.name} is {t.dtype}, expected one of {', '.join(tensors.DTYPES)}"
+        for t in found
+        if t.name in plan.shapes and t.dtype not in tensors.DTYPES
+    ]
+    layout.refuse(problems, str(directory))
+    by_name = {t.name: t for t in found}
+    params = layout.fill(plan, lambda name, start, stop: tensors.rows(by_name[name], start, stop), dtype)
+    return params, config
+
+
+def save_hf(directory: str | os.PathLike[str], params: Params, config: ModelConfig) -> None:
+    """Writes a directory that transformers and `load_hf` read: config.json and one model.safetensors.
+
+    Raises:
+      CheckpointError: rotary scaling by `divisors`, which only GGUF files can express.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(_hf_config(params, config), indent=2)
+    plan = layout.layout(config, layout.HF_NAMES)
+    stored = {
+        name: np.ascontiguousarray(plan.view(piece, np.asarray(leaf))).reshape(plan.shape(piece))
+        for leaf, pieces in zip(jax.tree.leaves(params), plan.pieces, strict=True)
+        for name, piece in pieces
+    }
+    safetensors.numpy.save_file(stored, directory / tensors.SINGLE, metadata={"format": "pt"})
+    (directory / "config.json").write_text(text + "\n", "utf-8")
+
+
+def _hf_config(params: Params, config: ModelConfig) -> dict[str, Any]:
+    scaling = config.rope_scaling
+    rope: dict[str, Any] = {"rope_type": "default"}
+    if scaling is not None and scaling.kind == "divisors":
+        raise CheckpointError(
+            "rope_scaling 'divisors' cannot be written to config.json; replace it by the 'llama3' rule that it was "
+            "computed from before saving."
+        )
+    if scaling is not None:
+        rope = {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling is not None and scaling.kind == "llama3":
+        rope |= {
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_positions,
+        }
+    window = config.sliding_window
+    if config.family == "qwen2":
+        kind, name = "qwen2", "Qwen2ForCausalLM"
+        more = {"use_sliding_window": window is not None, "max_window_layers": 0 if window else config.num_layers}
+    elif window is not None:
+        kind, name, more = "mistral", "MistralForCausalLM", {}
+    else:
+        kind, name, more = "llama", "LlamaForCausalLM", {"attention_bias": False, "mlp_bias": False}
+    return {
+        "architectures": [name],
+        "model_type": kind,
+        "dtype": params.dtype.name,
+        "hidden_act": "silu",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None if scaling is None else rope,
+        "rms_norm_eps": config.rms_norm_eps,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "max_position_embeddings": config.max_positions,
+        "sliding_window": window,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": list(config.eos_token_ids) or None,
+        **more,
+    }
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}); is the download complete?") from error

@@ -1,0 +1,235 @@
+"""Text to tokens and back: tokenizers' `Tokenizer` with the model's chat template.
+
+Made from a Hugging Face directory (`tokenizer.json`) or rebuilt from GGUF metadata.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.sandbox
+import tokenizers
+from gguf import TokenType
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+
+from specjax.errors import CheckpointError, PromptError
+
+
+class Tokenizer:
+    """A model's tokenizer and chat template. Compared and hashed by identity, so that it can sit in a static field."""
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        chat_template: str | None = None,
+        special_tokens: Mapping[str, str] | None = None,
+        eos_token_ids: Sequence[int] = (),
+    ) -> None:
+        """Wraps a `tokenizers.Tokenizer`.
+
+        Args:
+          backend: does the work.
+          chat_template: a jinja2 template in transformers' dialect.
+          special_tokens: what the template may ask for by name, e.g. {"bos_token": "<s>"}.
+          eos_token_ids: the tokens that end an answer.
+        """
+        self.backend = backend
+        self.chat_template = chat_template
+        self.special_tokens = dict(special_tokens or {})
+        self.eos_token_ids = tuple(eos_token_ids)
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the highest id; a model's embedding may have more rows than this."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`, after a BOS where this tokenizer adds one; special tokens in `text` count as such."""
+        return self.backend.encode(text).ids
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of `ids`; special tokens such as the EOS are left out unless asked for."""
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+
+    def render_chat(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:
+        """The conversation as the text that the model was trained on.
+
+        Args:
+          messages: {"role": ..., "content": ...}, oldest first.
+          add_generation_prompt: whether to end with the opening of the assistant's answer.
+
+        Raises:
+          PromptError: no messages, no chat template, or messages that the template refuses.
+        """
+        if self.chat_template is None:
+            raise PromptError("this model has no chat template; encode a plain text prompt instead.")
+        if not messages:
+            raise PromptError("messages is empty; expected at least one {'role': ..., 'content': ...}.")
+        try:
+            template = _environment().from_string(self.chat_template)
+            return template.render(
+                messages=[dict(m) for m in messages],
+                add_generation_prompt=add_generation_prompt,
+                **self.special_tokens,
+            )
+        except jinja2.TemplateError as error:
+            raise PromptError(f"the chat template refuses these messages: {error}") from error
+
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
+    ) -> list[int]:
+        """The ids of `render_chat(...)`. The template writes its own BOS; none is added. Raises as `render_chat`."""
+        text = self.render_chat(messages, add_generation_prompt=add_generation_prompt)
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    @classmethod
+    def from_hf(cls, directory: Path, eos_token_ids: Sequence[int]) -> "Tokenizer | None":
+        """Reads `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`; None where the first is missing.
+
+        Raises:
+          CheckpointError: a `tokenizer.json` that tokenizers cannot read.
+        """
+        file = directory / "tokenizer.json"
+        if not file.exists():
+            return None
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise CheckpointError(f"{file} cannot be read by tokenizers {tokenizers.__version__}: {error}") from error
+        backend.no_truncation()  # limits that were in force when the file was written
+        backend.no_padding()
+        settings = directory / "tokenizer_config.json"
+        config = json.loads(settings.read_text("utf-8")) if settings.exists() else {}
+        template = config.get("chat_template")
+        if isinstance(template, list):  # several by name
+            template = next((t["template"] for t in template if t["name"] == "default"), None)
+        jinja_file = directory / "chat_template.jinja"
+        if jinja_file.exists():
+            template = jinja_file.read_text("utf-8")
+        special = {}
+        for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+            value = config.get(name)
+            if value is not None:
+                special[name] = value["content"] if isinstance(value, Mapping) else value
+        return cls(backend, chat_template=template, special_tokens=special, eos_token_ids=eos_token_ids)
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, Any], eos_token_ids: Sequence[int]) -> "Tokenizer | None":
+        """Rebuilds the tokenizer that GGUF metadata describes (`tokenizer.ggml.*`); None where there is none.
+
+        Raises:
+          CheckpointError: a tokenizer model or pre-tokenizer that is not supported, or one of which parts are missing.
+        """
+        kind, pre = metadata.get("tokenizer.ggml.model", "none"), metadata.get("tokenizer.ggml.pre")
+        if kind == "none":
+            return None
+        for part in ("tokens", "merges" if kind == "gpt2" else "scores"):
+            if f"tokenizer.ggml.{part}" not in metadata:
+                raise CheckpointError(f"the GGUF metadata lacks tokenizer.ggml.{part}, which tokenizer {kind!r} needs.")
+        tokens: list[str] = metadata["tokenizer.ggml.tokens"]
+        if kind == "gpt2":
+            backend = _byte_level(metadata, pre)
+        elif kind == "llama":
+            backend = _sentencepiece(metadata)
+        else:
+            raise CheckpointError(
+                f"tokenizer.ggml.model is {kind!r}; supported are 'gpt2' (byte-level BPE) and 'llama' (SentencePiece BPE)."
+            )
+        types = metadata.get("tokenizer.ggml.token_type", [TokenType.NORMAL] * len(tokens))
+        for token, role in zip(tokens, types, strict=True):
+            if role in (TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED):
+                backend.add_tokens([AddedToken(token, special=role != TokenType.USER_DEFINED, normalized=False)])
+        special = {}
+        for key in ("bos", "eos", "padding", "unknown"):
+            token_id = metadata.get(f"tokenizer.ggml.{key}_token_id")
+            if token_id is not None:
+                special[f"{key[:3]}_token"] = tokens[token_id]
+        adds_bos = metadata.get("tokenizer.ggml.add_bos_token", kind == "llama" or pre == "llama-bpe")
+        adds_eos = metadata.get("tokenizer.ggml.add_eos_token", False)
+        before = [special["bos_token"]] if adds_bos and "bos_token" in special else []
+        after = [special["eos_token"]] if adds_eos and "eos_token" in special else []
+        if before or after:
+            ids = [(token, tokens.index(token)) for token in dict.fromkeys(before + after)]
+            backend.post_processor = processors.TemplateProcessing(single=[*before, "$A", *after], special_tokens=ids)
+        return cls(
+            backend,
+            chat_template=metadata.get("tokenizer.chat_template"),
+            special_tokens=special,
+            eos_token_ids=eos_token_ids,
+        )
+
+
+# Where words are cut before merging, by `tokenizer.ggml.pre`. GPT-2's own rule is built into `ByteLevel`.
+_LLAMA3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2_WORDS = _LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}")
+
+
+def _pre_tokenizer(pre: str | None) -> pre_tokenizers.PreTokenizer:
+    if pre in ("gpt-2", "default"):
+        return pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if pre == "smollm":
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    words = {"qwen2": _QWEN2_WORDS, "llama-bpe": _LLAMA3_WORDS}.get(pre or "")
+    if words is None:
+        raise CheckpointError(
+            f"tokenizer.ggml.pre is {pre!r}; supported are 'default', 'gpt-2', 'llama-bpe', 'qwen2' and 'smollm'. "
+            "Load the Hugging Face checkpoint of this model instead."
+        )
+    split = pre_tokenizers.Split(Regex(words), "isolated")
+    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def _byte_level(metadata: Mapping[str, Any], pre: str | None) -> tokenizers.Tokenizer:
+    merges = [tuple(pair.split(" ", 1)) for pair in metadata["tokenizer.ggml.merges"]]
+    vocab = {token: i for i, token in enumerate(metadata["tokenizer.ggml.tokens"])}
+    # Llama 3 takes a word that is in the vocabulary whole, whatever the merges say.
+    backend = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=pre == "llama-bpe"))
+    if pre == "qwen2":
+        backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = _pre_tokenizer(pre)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _sentencepiece(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    """SentencePiece BPE (Llama 1 and 2, Mistral): scores instead of merges, the best score merges first."""
+    tokens, scores = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.scores"]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    merges = []
+    for token, i in vocab.items():
+        cuts = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
+        merges += [(-scores[i], vocab[a], vocab[b], a, b) for a, b in cuts if a in vocab and b in vocab]
+    unknown = tokens[metadata.get("tokenizer.ggml.unknown_token_id", 0)]
+    pairs = [(a, b) for *_, a, b in sorted(merges)]
+    backend = tokenizers.Tokenizer(models.BPE(vocab, pairs, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    prefix = [normalizers.Prepend("▁")] if metadata.get("tokenizer.ggml.add_space_prefix", True) else []
+    backend.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
+    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+    return backend
+
+
+def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
+    """transformers' dialect of jinja2; templates come with the checkpoint, so they run in the sandbox."""
+
+    def raise_exception(message: str) -> NoReturn:
+        raise jinja2.TemplateError(message)
+
+    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)  # jinja2's own filter escapes HTML
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda style: datetime.now().strftime(style)
+    return environment

@@ -1,0 +1,209 @@
+"""The decoder of Qwen2/2.5 and Llama 1/2/3.x (and Mistral) as pure, unbatched functions.
+
+Matrix products take operands in the parameters' dtype and accumulate in float32; the residual stream, norms, rotary
+angles and softmax are float32 throughout. Checked layer by layer against transformers (tests/parity).
+"""
+
+import functools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from specjax.cache import KVCache, Rows
+from specjax.config import ModelConfig
+from specjax.params import Layer, Params
+
+NEG_INF = -1e30  # a finite stand-in: a fully masked row stays free of NaN
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Output:
+    """What one forward pass gives."""
+
+    features: Float[Array, "T D"]  # after the final RMSNorm: what the LM head and Medusa heads read
+    rows: Rows  # keys and values of these T tokens, not yet in any cache
+    taps: tuple[Float[Array, "T D"], ...]  # residual stream after the layers asked for
+
+
+def dot(spec: str, x: Float[Array, "T *in"], w: Array) -> Float[Array, "T *out"]:
+    """`einsum(spec, x, w)` with operands in the weights' dtype and a float32 result."""
+    x = x.astype(w.dtype)
+    if x.shape[0] == 1 and w.dtype == jnp.bfloat16:
+        return _row_dot(spec, x, w)
+    # Without preferred_element_type XLA:CPU runs bf16 products on that slow path too, and rounds twice.
+    return jnp.einsum(spec, x, w, preferred_element_type=jnp.float32)
+
+
+def _row_dot(spec: str, x: Float[Array, "1 *in"], w: Array) -> Float[Array, "1 *out"]:
+    # XLA:CPU has no fast bf16 matrix-vector product, one row takes several times as long as two: add an empty row.
+    # Under vmap the batch supplies the rows.
+    @jax.custom_batching.custom_vmap
+    def product(x: Array, w: Array) -> Array:
+        return jnp.einsum(spec, jnp.concatenate([x, jnp.zeros_like(x)]), w, preferred_element_type=jnp.float32)[:1]
+
+    @product.def_vmap
+    def _batched(size: int, batched: list[bool], x: Array, w: Array) -> tuple[Array, bool]:
+        axes = tuple(0 if b else None for b in batched)
+        plain = jax.vmap(lambda x, w: jnp.einsum(spec, x, w, preferred_element_type=jnp.float32), axes)
+        return plain(x, w), True
+
+    return product(x, w)
+
+
+def rms_norm(x: Float[Array, "*T D"], scale: Float[Array, "D"], eps: float) -> Float[Array, "*T D"]:
+    """RMSNorm (Zhang & Sennrich 2019) in float32."""
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + eps) * scale.astype(jnp.float32)
+
+
+def rope_frequencies(config: ModelConfig) -> np.ndarray:
+    """Inverse frequencies [H/2] in radians per position, scaling applied; static, float64 until the end."""
+    half = config.head_dim // 2
+    freqs = config.rope_theta ** (-np.arange(half, dtype=np.float64) / half)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return freqs.astype(np.float32)
+    if scaling.kind == "linear":
+        freqs = freqs / scaling.factor
+    elif scaling.kind == "divisors":
+        freqs = freqs / np.asarray(scaling.divisors)
+    else:
+        # Llama 3.1: a wavelength counts as long when fewer than low_freq_factor turns fit in the original context.
+        turns = scaling.original_max_positions * freqs / (2 * np.pi)
+        keep = np.clip(
+            (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor), 0.0, 1.0
+        )
+        freqs = keep * freqs + (1 - keep) * freqs / scaling.factor
+    return freqs.astype(np.float32)
+
+
+def rope_tables(config: ModelConfig, positions: Int[Array, "T"]) -> tuple[Float[Array, "T h"], Float[Array, "T h"]]:
+    """cos and sin of the rotary angles, float32; h = H/2."""
+    angles = positions.astype(jnp.float32)[:, None] * rope_frequencies(config)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def _rotate(x: Float[Array, "T *heads H"], cos: Float[Array, "T h"], sin: Float[Array, "T h"]) -> Array:
+    shape = cos.shape[:1] + (1,) * (x.ndim - 2) + cos.shape[1:]
+    cos, sin = cos.reshape(shape), sin.reshape(shape)
+    a, b = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def _attention(
+    q: Float[Array, "T K G H"],
+    rows: tuple[Float[Array, "K H T"], Float[Array, "K T H"]],
+    prefix: tuple[Float[Array, "K H S"], Float[Array, "K S H"]] | None,
+    mask: Bool[Array, "T T"],
+    prefix_mask: Bool[Array, "T S"] | None,
+) -> Float[Array, "T K G H"]:
+    # The prefix is read where it lies and the new rows beside it: nothing is written before it is accepted.
+    # float32 throughout: XLA:CPU has no batched bf16 product, and this is a small part of the arithmetic. matmul, not
+    # einsum: einsum may put the cache on the left, which XLA:CPU multiplies several times slower.
+    k, v = rows
+    t, kv_heads, g, h = q.shape
+    q = (q * h**-0.5).transpose(1, 2, 0, 3).reshape(kv_heads, g * t, h)
+
+    def scores(keys: Float[Array, "K H U"], mask: Bool[Array, "T U"]) -> Float[Array, "K GT U"]:
+        return jnp.where(jnp.tile(mask, (g, 1)), jnp.matmul(q, keys), NEG_INF)
+
+    new = scores(k, mask)
+    if prefix is None or prefix_mask is None:
+        mixed = jnp.matmul(jax.nn.softmax(new, -1), v)
+    else:
+        old = scores(prefix[0], prefix_mask)
+        top = jnp.maximum(new.max(-1, keepdims=True), old.max(-1, keepdims=True))
+        new, old = jnp.exp(new - top), jnp.exp(old - top)
+        total = new.sum(-1, keepdims=True) + old.sum(-1, keepdims=True)
+        mixed = (jnp.matmul(new, v) + jnp.matmul(old, prefix[1])) / total
+    return mixed.reshape(kv_heads, g, t, h).transpose(2, 0, 1, 3)
+
+
+def layer_forward(
+    layer: Layer,
+    config: ModelConfig,
+    x: Float[Array, "T D"],
+    tables: tuple[Float[Array, "T h"], Float[Array, "T h"]],
+    mask: Bool[Array, "T T"],
+    prefix: tuple[Float[Array, "K H S"], Float[Array, "K S H"]] | None = None,
+    prefix_mask: Bool[Array, "T S"] | None = None,
+) -> tuple[Float[Array, "T D"], Float[Array, "K H T"], Float[Array, "K T H"]]:
+    """One decoder layer: pre-norm attention and SwiGLU, each added to the residual stream. Gives (x, k, v)."""
+    g = config.group_size
+    with jax.named_scope("attention"):
+        h = rms_norm(x, layer.attn_norm, config.rms_norm_eps)
+        qkv = dot("TD,DKQH->TKQH", h, layer.qkv)
+        if layer.qkv_bias is not None:
+            qkv = qkv + layer.qkv_bias.astype(jnp.float32)
+        qk = _rotate(qkv[:, :, : g + 1], *tables)
+        k = jnp.einsum("TKH->KHT", qk[:, :, g])
+        v = jnp.einsum("TKH->KTH", qkv[:, :, g + 1])
+        x = x + dot("TKGH,KGHD->TD", _attention(qk[:, :, :g], (k, v), prefix, mask, prefix_mask), layer.out)
+    with jax.named_scope("mlp"):
+        h = rms_norm(x, layer.mlp_norm, config.rms_norm_eps)
+        gate_up = dot("TD,DCF->TCF", h, layer.gate_up)
+        x = x + dot("TF,FD->TD", jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1], layer.down)
+    return x, k, v
+
+
+def embed(params: Params, tokens: Int[Array, "T"]) -> Float[Array, "T D"]:
+    """Token embeddings, float32 (no scaling in these families)."""
+    return jnp.take(params.embed, tokens, axis=0).astype(jnp.float32)
+
+
+def unembed(params: Params, features: Float[Array, "T D"]) -> Float[Array, "T V"]:
+    """LM-head logits, float32."""
+    return dot("TD,VD->TV", features, params.unembedding)
+
+
+@functools.partial(jax.named_call, name="forward")
+def forward(
+    params: Params,
+    config: ModelConfig,
+    tokens: Int[Array, "T"],
+    *,
+    cache: KVCache | None = None,
+    positions: Int[Array, "T"] | None = None,
+    mask: Bool[Array, "T T"] | np.ndarray | None = None,
+    taps: tuple[int, ...] = (),
+) -> Output:
+    """One pass over T tokens that attend to the cached prefix and to each other; the cache is read, never written.
+
+    Args:
+      params: the weights.
+      config: the model (static).
+      tokens: ids, each in [0, V).
+      cache: the committed prefix; None means there is none.
+      positions: absolute positions, int32; by default they follow the prefix one by one. Siblings in a tree share one.
+      mask: mask[i, j] says that new token i sees new token j; by default causal. For a tree: its ancestor mask.
+      taps: layers (0-based) after which to return the residual stream, for feature-level drafters.
+    """
+    t, start = tokens.shape[0], jnp.int32(0) if cache is None else cache.length
+    if positions is None:
+        positions = start + jnp.arange(t, dtype=jnp.int32)
+    mask = jnp.asarray(np.tri(t, dtype=bool) if mask is None else mask)
+    prefix_mask = None
+    if cache is not None:
+        slots = jnp.arange(cache.capacity, dtype=jnp.int32)
+        prefix_mask = jnp.broadcast_to(slots < start, (t, cache.capacity))
+        if config.sliding_window is not None:
+            prefix_mask &= positions[:, None] - slots < config.sliding_window
+    if config.sliding_window is not None:
+        mask &= positions[:, None] - positions < config.sliding_window
+
+    x, tables = embed(params, tokens), rope_tables(config, positions)
+    ks, vs, tapped = [], [], {}
+    for i, layer in enumerate(params.layers):
+        prefix = None if cache is None else (cache.k[i], cache.v[i])
+        with jax.named_scope(f"layer_{i}"):
+            x, k, v = layer_forward(layer, config, x, tables, mask, prefix, prefix_mask)
+        ks.append(k)
+        vs.append(v)
+        if i in taps:
+            tapped[i] = x
+    features = rms_norm(x, params.final_norm, config.rms_norm_eps)
+    return Output(features, Rows(tuple(ks), tuple(vs)), tuple(tapped[i] for i in taps))
+

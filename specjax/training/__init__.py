@@ -1,0 +1,1 @@
+"""Fitting Medusa heads: self-distilled text, features, losses, the trainer."""

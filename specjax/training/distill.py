@@ -1,0 +1,153 @@
+"""Self-distillation data: the target answers prompts in batches, and its features are kept as it goes.
+
+A batch is one `vmap` of the decoding round. The features that the heads will read are those the decoding computes
+anyway, so that no second pass over the text is needed. Shards are written atomically and are determined by (seed, shard
+number): a killed run goes on where it stopped.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from specjax import decode
+from specjax.acceptance import Acceptance, Greedy, Sample
+from specjax.drafters.base import NoDrafter
+from specjax.errors import DataError
+from specjax.loading.load import Model
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Assistant text with the features that predicted it, conversations end to end.
+
+    Attributes:
+      tokens: token ids [n].
+      features: features[j] is the target's final-norm hidden state that predicted tokens[j], bfloat16 [n D].
+      lengths: tokens per conversation; they sum to n.
+    """
+
+    tokens: Int[np.ndarray, "n"]
+    features: Float[np.ndarray, "n D"]
+    lengths: Int[np.ndarray, "c"]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "acceptance", "eos", "max_new"), donate_argnames=("tokens",))
+def _answer(params, config, acceptance, eos, max_new, tokens, lengths, keys):  # type: ignore[no-untyped-def]
+    start = functools.partial(decode.start, params, config, NoDrafter(), acceptance, eos)
+    state = jax.vmap(start)(tokens, lengths, lengths + max_new, keys)
+    step = jax.vmap(functools.partial(decode.round_, params, config, NoDrafter(), acceptance, eos))
+    features = jnp.zeros((max_new, *state.features.shape), jnp.bfloat16)
+
+    def body(carry: tuple[decode.State, Float[Array, "n B D"], Int[Array, ""]]) -> tuple:  # type: ignore[type-arg]
+        state, features, i = carry
+        features = jax.lax.dynamic_update_index_in_dim(features, state.features.astype(jnp.bfloat16), i, 0)
+        return step(state), features, i + 1
+
+    # One condition for the whole batch: with a condition per member, vmap would copy every cache at every step. The loop
+    # runs once past the last member's end, so that the features of its last token are kept too.
+    def running(carry: tuple[decode.State, Float[Array, "n B D"], Int[Array, ""]]) -> Array:
+        state, _, i = carry
+        return (i < max_new) & jnp.any(state.length - lengths > i)
+
+    state, features, _ = jax.lax.while_loop(running, body, (state, features, jnp.int32(0)))
+    return state.tokens, state.length - lengths, features
+
+
+def answer(
+    model: Model, prompts: Sequence[Sequence[int]], *, acceptance: Acceptance, max_new_tokens: int, key: jax.Array
+) -> Answers:
+    """Answers a batch of prompts, each exactly as `generate` would, and keeps the features.
+
+    Args:
+      prompts: token ids; all are padded to the longest, so batch prompts of like length together.
+
+    Raises:
+      DataError: no prompts.
+    """
+    if not prompts:
+        raise DataError("there are no prompts to answer; pass at least one.")
+    longest = max(map(len, prompts))
+    chunk = decode.PREFILL_CHUNK
+    tokens = np.zeros((len(prompts), -(-(longest + max_new_tokens) // chunk) * chunk), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    begin = np.array([len(p) for p in prompts], np.int32)
+    out, counts, features = _answer(
+        model.params, model.config, acceptance, model.config.eos_token_ids, max_new_tokens, jnp.asarray(tokens),
+        jnp.asarray(begin), jax.random.split(key, len(prompts)),
+    )  # fmt: skip
+    out, counts, features = np.asarray(out), np.asarray(counts), np.asarray(features)
+    return Answers(
+        np.concatenate([row[b : b + n] for row, b, n in zip(out, begin, counts, strict=True)]),
+        np.concatenate([features[:n, i] for i, n in enumerate(counts)]),
+        counts,
+    )
+
+
+def user_turns(model: Model, count: int, *, key: jax.Array, max_tokens: int = 48) -> list[str]:
+    """User messages written by the model itself: its chat template's user turn, left open and sampled (T 1, top-k 50)."""
+    marker = "\x00"
+    text = model.tokenizer.render_chat([{"role": "user", "content": marker}], add_generation_prompt=False)
+    prefix = model.tokenizer.backend.encode(text[: text.index(marker)], add_special_tokens=False).ids
+    sampled = answer(
+        model, [prefix] * count, acceptance=Sample(1.0, top_k=50), max_new_tokens=max_tokens, key=key
+    )
+    ends = np.cumsum(sampled.lengths)
+    pieces = np.split(sampled.tokens, ends[:-1])
+    stops = set(model.config.eos_token_ids)
+    # A turn cut off by the budget is no message: only finished ones are kept.
+    return [model.tokenizer.decode(p[:-1].tolist()).strip() for p in pieces if len(p) > 3 and int(p[-1]) in stops]
+
+
+def write_shards(
+    model: Model,
+    directory: Path,
+    shards: int,
+    prompts_for: Callable[[int], list[str]],
+    *,
+    max_new_tokens: int,
+    seed: int,
+    progress: Callable[[int, int], None] = lambda shard, tokens: None,
+) -> None:
+    """Writes `shard_NNNNN.npz` files of greedy answers; existing shards are kept, so that a killed run resumes.
+
+    Args:
+      prompts_for: shard number -> user messages; must depend on nothing else.
+      progress: called with (shard, its tokens) after each one.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    for shard in range(shards):
+        path = directory / f"shard_{shard:05d}.npz"
+        if path.exists():
+            continue
+        chats = [model.tokenizer.apply_chat_template([{"role": "user", "content": m}]) for m in prompts_for(shard)]
+        key = jax.random.fold_in(jax.random.key(seed), shard)
+        made = answer(model, chats, acceptance=Greedy(), max_new_tokens=max_new_tokens, key=key)
+        partial = path.with_suffix(".tmp.npz")
+        np.savez(partial, tokens=made.tokens, features=made.features.view(np.uint16), lengths=made.lengths)
+        partial.replace(path)
+        progress(shard, len(made.tokens))
+
+
+def read_shards(paths: Sequence[Path]) -> Answers:
+    """Reads shards back, end to end.
+
+    Raises:
+      DataError: no shards.
+    """
+    if not paths:
+        raise DataError("there are no data shards; run the distillation first.")
+    loaded = []
+    for path in paths:
+        with np.load(path) as file:
+            loaded.append(Answers(file["tokens"], file["features"].view(ml_dtypes.bfloat16), file["lengths"]))
+    fields = [field.name for field in dataclasses.fields(Answers)]
+    return Answers(**{name: np.concatenate([getattr(part, name) for part in loaded]) for name in fields})

@@ -1,0 +1,225 @@
+"""Logits, hidden states and greedy text against transformers, float32 on both sides."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from specjax import cache as kv
+from specjax.config import ModelConfig, RopeScaling
+from specjax.loading import load_model
+from specjax.loading.hf import save_hf
+from specjax.loading.load import _packaged
+from specjax.model import forward, rms_norm, unembed
+from specjax.params import init
+
+TOLERANCE = 1e-4
+LENGTH = 24  # tokens in a test sequence: more than the sliding windows below
+# A tree that branches at three depths and has leaves at all of them, parents before children.
+PARENTS = (-1, 0, 0, 0, 1, 1, 2, 4, 4, 6, 9)
+
+SHAPE = {"vocab_size": 101, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 6,
+         "num_key_value_heads": 2, "max_position_embeddings": 64}  # fmt: skip
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 32, "rope_theta": 1000.0}  # fmt: skip
+LINEAR = {"rope_type": "linear", "factor": 2.5, "rope_theta": 10_000.0}
+
+
+def _llama(**more):
+    return transformers.LlamaConfig(**SHAPE | more)
+
+
+def _qwen2(**more):
+    return transformers.Qwen2Config(**SHAPE | more)
+
+
+CASES = {
+    "qwen2-tied": _qwen2(tie_word_embeddings=True),
+    "qwen2-untied": _qwen2(tie_word_embeddings=False),
+    "qwen2-window": _qwen2(use_sliding_window=True, sliding_window=7, max_window_layers=0),
+    "llama": _llama(rope_parameters={"rope_type": "default", "rope_theta": 5e5}, rms_norm_eps=1e-3),
+    "llama-tied": _llama(tie_word_embeddings=True, head_dim=10),
+    "llama-llama3": _llama(rope_parameters=LLAMA3),
+    "llama-linear": _llama(rope_parameters=LINEAR),
+    "mistral-window": transformers.MistralConfig(**SHAPE, sliding_window=7),
+}
+
+
+@functools.cache
+def _pair(name, tmp):
+    """(transformers' model, ours), the latter loaded from what the former saved; every second case in shards."""
+    torch.manual_seed(1)
+    theirs = transformers.AutoModelForCausalLM.from_config(CASES[name], dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        for key, p in theirs.named_parameters():  # biases and norms too: transformers starts them at 0 and 1
+            p.normal_(1.0 if key.endswith("norm.weight") else 0.0, 0.3)
+    directory = tmp / name
+    theirs.save_pretrained(directory, max_shard_size="60KB" if list(CASES).index(name) % 2 else "5GB")
+    return theirs.eval(), load_model(directory)
+
+
+@pytest.fixture(params=CASES)
+def pair(request, tmp_path_factory):
+    return _pair(request.param, tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return load_model("smollm2-135m-instruct")
+
+
+TOKENS = np.random.default_rng(0).integers(0, SHAPE["vocab_size"], LENGTH)
+
+
+def _theirs(model, tokens):
+    with torch.no_grad():
+        return model(torch.tensor(np.asarray(tokens))[None], output_hidden_states=True)
+
+
+def _logits(model, tokens):
+    return _theirs(model, tokens).logits[0].numpy()
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _ours(params, config, tokens, cache=None, positions=None, mask=None):
+    out = forward(params, config, tokens, cache=cache, positions=positions, mask=mask)
+    return unembed(params, out.features), out.rows
+
+
+def _close(ours, theirs):
+    np.testing.assert_allclose(np.asarray(ours), theirs, atol=TOLERANCE, rtol=0)
+
+
+def test_the_cases_cover_single_files_and_shards(tmp_path_factory):
+    for name, sharded in (("qwen2-tied", False), ("qwen2-untied", True)):
+        _pair(name, tmp_path_factory.getbasetemp())
+        files = list((tmp_path_factory.getbasetemp() / name).glob("*.safetensors"))
+        assert (len(files) > 2) == sharded
+
+
+def test_prefill(pair):
+    theirs, model = pair
+    logits, _ = _ours(model.params, model.config, TOKENS)
+    assert np.ptp(logits) > 1  # not a trivial comparison
+    _close(logits, _logits(theirs, TOKENS))
+
+
+def test_layer_by_layer(pair):
+    theirs, model = pair
+    config, states = model.config, _theirs(theirs, TOKENS).hidden_states
+    out = forward(model.params, config, jnp.asarray(TOKENS), taps=tuple(range(config.num_layers)))
+    for ours, expected in zip(out.taps[:-1], states[1:-1], strict=True):
+        _close(ours, expected[0].numpy())
+    # transformers gives the last layer's state after the final norm only
+    _close(rms_norm(out.taps[-1], model.params.final_norm, config.rms_norm_eps), states[-1][0].numpy())
+    _close(out.features, states[-1][0].numpy())
+
+
+def test_cached_step_by_step(pair):
+    theirs, model = pair
+    cache, steps = kv.zeros(model.config, LENGTH), []
+    for token in TOKENS:
+        logits, rows = _ours(model.params, model.config, token[None], cache)
+        cache = kv.write(cache, rows, 1)
+        steps.append(logits[0])
+    _close(np.stack(steps), _logits(theirs, TOKENS))
+
+
+def test_every_node_of_a_tree(pair):
+    theirs, model = pair
+    prefix, nodes = TOKENS[:10], TOKENS[10 : 10 + len(PARENTS)]
+    paths = []
+    for node, parent in enumerate(PARENTS):
+        paths.append([*(paths[parent] if node else []), node])
+    depths = np.array([len(path) - 1 for path in paths], np.int32)
+    mask = np.zeros((len(PARENTS),) * 2, bool)
+    for node, path in enumerate(paths):
+        mask[node, path] = True
+    cache = kv.zeros(model.config, 16)
+    cache = kv.write(cache, _ours(model.params, model.config, prefix)[1], len(prefix))
+    logits, _ = _ours(model.params, model.config, nodes, cache, len(prefix) + depths, mask)
+    for node, path in enumerate(paths):
+        _close(logits[node], _logits(theirs, [*prefix, *nodes[path]])[-1])
+
+
+SAVED = ModelConfig("llama", 67, 32, 48, 2, 4, 2, 8, max_positions=64, eos_token_ids=(3, 5), bos_token_id=1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"tie_word_embeddings": True, "head_dim": 6, "rope_theta": 5e5},
+        {"rope_scaling": RopeScaling("llama3", 4.0, 1.0, 4.0, 32)},
+        {"rope_scaling": RopeScaling("linear", 3.0)},
+        {"sliding_window": 5},
+        {"family": "qwen2", "qkv_bias": True},
+        {"family": "qwen2", "qkv_bias": True, "sliding_window": 5},
+    ],
+    ids=lambda change: "-".join(map(str, change)) or "plain",
+)
+def test_what_we_save_transformers_loads(change, tmp_path):
+    config = dataclasses.replace(SAVED, **change)
+    params = init(jax.random.key(0), config, stddev=0.3)
+    save_hf(tmp_path, params, config)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, attn_implementation="eager"
+    )
+    assert (theirs.config.eos_token_id, theirs.config.bos_token_id) == ([3, 5], 1)
+    _close(_ours(params, config, TOKENS % 67)[0], _logits(theirs, TOKENS % 67))
+
+
+PROMPTS = (
+    "What is the capital of France, and why is it famous?",
+    "Write a Python function that reverses a linked list.",
+    "If a train travels 60 km in 45 minutes, what is its speed in km/h?",
+    "Translate to Spanish: The weather is lovely today.",
+    "List three uses of a paperclip.",
+    "Explain photosynthesis to a ten-year-old.",
+    "Write a haiku about the sea.",
+    "Who wrote 'Pride and Prejudice', and when?",
+    "Give me a recipe for pancakes.",
+    "Summarise: The cat sat on the mat. The dog chased the cat. The cat climbed a tree.",
+)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "n"))
+def _greedy(params, config, prompt, length, n):
+    """n greedy tokens after prompt[:length]; what lies behind `length` is padding."""
+    out = forward(params, config, prompt)
+    cache = kv.write(kv.zeros(config, len(prompt) + n), out.rows, length)
+    token = jnp.argmax(unembed(params, out.features[length - 1][None])[0])
+
+    def step(carry, _):
+        cache, token = carry
+        out = forward(params, config, token[None], cache=cache)
+        following = jnp.argmax(unembed(params, out.features)[0])
+        return (kv.write(cache, out.rows, 1, after=following), following), token
+
+    return jax.lax.scan(step, (cache, token), length=n)[1]
+
+
+def test_smollm2_greedy_text(smollm2):
+    path = _packaged("smollm2-135m-instruct")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    for prompt in PROMPTS:
+        ids = smollm2.tokenizer.apply_chat_template([{"role": "user", "content": prompt}])
+        ours = np.asarray(_greedy(smollm2.params, smollm2.config, np.pad(ids, (0, 80 - len(ids))), len(ids), 64))
+        with torch.no_grad():
+            expected = theirs.generate(torch.tensor([ids]), max_new_tokens=64, do_sample=False)[0, len(ids) :].numpy()
+        assert len(expected) > 8
+        np.testing.assert_array_equal(ours[: len(expected)], expected, err_msg=prompt)  # theirs ends at the EOS
+
+
+def test_generation_config_ends_the_answer(tmp_path):
+    config = _llama(eos_token_id=7)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    assert load_model(tmp_path).config.eos_token_ids == (7,)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
+    assert load_model(tmp_path).config.eos_token_ids == (7, 9)
