@@ -32,11 +32,13 @@ class Acceptance(Protocol):
     """`(logits [M V], tokens [M], tree, key) -> Verdict`, pure; `lossless` says whether the target's law is preserved."""
 
     lossless: ClassVar[bool]
-    needs_key: bool
 
-    def __call__(
-        self, logits: Float[Array, "M V"], tokens: Int[Array, "M"], tree: Tree, key: jax.Array
-    ) -> Verdict: ...
+    @property
+    def needs_key(self) -> bool:
+        """Whether the rule draws random numbers."""
+        ...
+
+    def __call__(self, logits: Float[Array, "M V"], tokens: Int[Array, "M"], tree: Tree, key: jax.Array) -> Verdict: ...
 
 
 def top_token(logits: Float[Array, "*T V"]) -> Int[Array, "*T"]:
@@ -69,7 +71,11 @@ class Greedy:
     """Accepts a draft that is the target's arg-max: the output equals autoregressive greedy decoding, token for token."""
 
     lossless: ClassVar[bool] = True
-    needs_key: ClassVar[bool] = False
+
+    @property
+    def needs_key(self) -> bool:
+        """False: nothing is drawn."""
+        return False
 
     def __call__(self, logits: Float[Array, "M V"], tokens: Int[Array, "M"], tree: Tree, key: jax.Array) -> Verdict:
         return _follow(top_token(logits), tokens, tree)
@@ -91,10 +97,14 @@ class Sample:
     top_k: int | None = None
     top_p: float = 1.0
     lossless: ClassVar[bool] = True
-    needs_key: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check(self.temperature, self.top_k, self.top_p)
+
+    @property
+    def needs_key(self) -> bool:
+        """True."""
+        return True
 
     def __call__(self, logits: Float[Array, "M V"], tokens: Int[Array, "M"], tree: Tree, key: jax.Array) -> Verdict:
         warped = warp(logits, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
@@ -123,11 +133,15 @@ class Typical:
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
-            raise ConfigError(f"temperature is {self.temperature}; typical acceptance needs a positive one (or use Greedy).")
+            raise ConfigError(
+                f"temperature is {self.temperature}; typical acceptance needs a positive one (or use Greedy)."
+            )
         if not (0 <= self.epsilon <= 1 and self.delta >= 0):
             raise ConfigError(f"epsilon {self.epsilon}, delta {self.delta}; expected 0 <= epsilon <= 1 and delta >= 0.")
         if self.rule not in ("paper", "abyo") or self.bonus not in ("greedy", "sample"):
-            raise ConfigError(f"rule {self.rule!r}, bonus {self.bonus!r}; expected 'paper' or 'abyo', 'greedy' or 'sample'.")
+            raise ConfigError(
+                f"rule {self.rule!r}, bonus {self.bonus!r}; expected 'paper' or 'abyo', 'greedy' or 'sample'."
+            )
 
     @property
     def needs_key(self) -> bool:

@@ -59,9 +59,7 @@ def gather(rows: Rows, index: Int[Array, "E1"]) -> Rows:
     )
 
 
-def write(
-    cache: KVCache, rows: Rows, count: Int[Array, ""] | int, *, after: Int[Array, ""] | None = None
-) -> KVCache:
+def write(cache: KVCache, rows: Rows, count: Int[Array, ""] | int, *, after: Int[Array, ""] | None = None) -> KVCache:
     """Stores all T rows at slots [length, length + T) and counts the first `count` of them as committed.
 
     The caller guarantees length + T <= capacity: `dynamic_update_slice` would otherwise shift the write backwards.

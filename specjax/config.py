@@ -65,7 +65,9 @@ class ModelConfig:
         if self.head_dim % 2:
             raise ConfigError(f"head_dim is {self.head_dim}; rotary embeddings need an even one.")
         if self.sliding_window is not None and self.sliding_window < 1:
-            raise ConfigError(f"sliding_window is {self.sliding_window}; expected a positive number of tokens, or None.")
+            raise ConfigError(
+                f"sliding_window is {self.sliding_window}; expected a positive number of tokens, or None."
+            )
 
     @property
     def group_size(self) -> int:
@@ -135,7 +137,9 @@ class ModelConfig:
             return value
 
         if int(get("expert_count", 0)):
-            raise ConfigError(f"{arch}.expert_count is {get('expert_count')}; mixture-of-experts layers are not supported.")
+            raise ConfigError(
+                f"{arch}.expert_count is {get('expert_count')}; mixture-of-experts layers are not supported."
+            )
         heads, width = int(get("attention.head_count")), int(get("embedding_length"))
         head_dim = int(get("attention.key_length", width // heads))
         if int(get("rope.dimension_count", head_dim)) != head_dim:
@@ -143,7 +147,9 @@ class ModelConfig:
                               "embeddings are not supported.")  # fmt: skip
         scaling_kind = get("rope.scaling.type", "none")
         if scaling_kind not in ("none", "linear"):
-            raise ConfigError(f"rope.scaling.type is {scaling_kind!r}; GGUF files with 'none' or 'linear' can be loaded.")
+            raise ConfigError(
+                f"rope.scaling.type is {scaling_kind!r}; GGUF files with 'none' or 'linear' can be loaded."
+            )
         scaling = RopeScaling("linear", float(get("rope.scaling.factor"))) if scaling_kind == "linear" else None
         if rope_divisors is not None:
             if len(rope_divisors) != head_dim // 2 or scaling is not None:
@@ -240,7 +246,9 @@ def _sliding_window(config: Mapping[str, Any]) -> int | None:
         full = config.get("max_window_layers", 28)
         if full >= layers:
             return None  # the first `max_window_layers` layers attend to everything
-        raise ConfigError(f"max_window_layers is {full} of {layers}; sliding windows in only some layers are not supported.")
+        raise ConfigError(
+            f"max_window_layers is {full} of {layers}; sliding windows in only some layers are not supported."
+        )
     return int(window)
 
 
@@ -265,13 +273,49 @@ _LLAMA31_ROPE = RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
 PRESETS: dict[str, ModelConfig] = {
     c.name: c
     for c in (
-        _llama("smollm2-135m", 49_152, 576, 1536, 30, 9, 3, rope_theta=1e5, rms_norm_eps=1e-5, tie_word_embeddings=True,
-               max_positions=8192, bos_token_id=1, eos_token_ids=(2,)),  # fmt: skip
-        _llama("vicuna-7b", 32_000, 4096, 11_008, 32, 32, 32, rms_norm_eps=1e-5, max_positions=4096, bos_token_id=1,
-               eos_token_ids=(2,)),  # fmt: skip
-        _llama("llama-3.1-8b", 128_256, 4096, 14_336, 32, 32, 8, rope_theta=5e5, rms_norm_eps=1e-5,
-               rope_scaling=_LLAMA31_ROPE, max_positions=131_072, bos_token_id=128_000,
-               eos_token_ids=(128_001, 128_008, 128_009)),  # fmt: skip
+        _llama(
+            "smollm2-135m",
+            49_152,
+            576,
+            1536,
+            30,
+            9,
+            3,
+            rope_theta=1e5,
+            rms_norm_eps=1e-5,
+            tie_word_embeddings=True,
+            max_positions=8192,
+            bos_token_id=1,
+            eos_token_ids=(2,),
+        ),  # fmt: skip
+        _llama(
+            "vicuna-7b",
+            32_000,
+            4096,
+            11_008,
+            32,
+            32,
+            32,
+            rms_norm_eps=1e-5,
+            max_positions=4096,
+            bos_token_id=1,
+            eos_token_ids=(2,),
+        ),  # fmt: skip
+        _llama(
+            "llama-3.1-8b",
+            128_256,
+            4096,
+            14_336,
+            32,
+            32,
+            8,
+            rope_theta=5e5,
+            rms_norm_eps=1e-5,
+            rope_scaling=_LLAMA31_ROPE,
+            max_positions=131_072,
+            bos_token_id=128_000,
+            eos_token_ids=(128_001, 128_008, 128_009),
+        ),  # fmt: skip
         _qwen2("qwen2.5-0.5b", 151_936, 896, 4864, 24, 14, 2, tie_word_embeddings=True),
         _qwen2("qwen2.5-1.5b", 151_936, 1536, 8960, 28, 12, 2, tie_word_embeddings=True),
         _qwen2("qwen2.5-7b", 152_064, 3584, 18_944, 28, 28, 4),

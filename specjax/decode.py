@@ -343,10 +343,14 @@ def _check_prompt(prompt_ids: Sequence[int] | np.ndarray, config: ModelConfig) -
     if prompt.ndim != 1 or prompt.size == 0:
         raise PromptError(f"the prompt has shape {prompt.shape}; expected a flat sequence of at least one token id.")
     if not np.issubdtype(prompt.dtype, np.integer):
-        raise PromptError(f"the prompt holds {prompt.dtype} values; expected integer token ids (encode the text first).")
+        raise PromptError(
+            f"the prompt holds {prompt.dtype} values; expected integer token ids (encode the text first)."
+        )
     if prompt.min() < 0 or prompt.max() >= config.vocab_size:
         bad = prompt[(prompt < 0) | (prompt >= config.vocab_size)][0]
-        raise PromptError(f"token id {bad} is outside the vocabulary [0, {config.vocab_size}); is the tokenizer the model's?")
+        raise PromptError(
+            f"token id {bad} is outside the vocabulary [0, {config.vocab_size}); is the tokenizer the model's?"
+        )
     return prompt.astype(np.int32)
 
 

@@ -206,4 +206,3 @@ def forward(
             tapped[i] = x
     features = rms_norm(x, params.final_norm, config.rms_norm_eps)
     return Output(features, Rows(tuple(ks), tuple(vs)), tuple(tapped[i] for i in taps))
-

@@ -43,15 +43,15 @@ class MedusaDrafter:
             )
         widest = max(self.tree.max_rank_by_depth, default=0)
         if widest > (heads.reduced_vocab_size or heads.vocab_size):
-            raise TreeError(f"the tree asks for {widest} candidates at one depth, more than the heads' vocabulary holds.")
+            raise TreeError(
+                f"the tree asks for {widest} candidates at one depth, more than the heads' vocabulary holds."
+            )
 
     def init(self, target: Params, context: Context) -> Float[Array, "R D"] | None:
         """The projection the heads multiply by, restricted to their vocabulary once for the whole generation."""
         return draft_projection(self.heads, target.unembedding)
 
-    def propose(
-        self, target: Params, state: Float[Array, "R D"] | None, context: Context, key: jax.Array
-    ) -> Proposal:
+    def propose(self, target: Params, state: Float[Array, "R D"] | None, context: Context, key: jax.Array) -> Proposal:
         """Top-k tokens of every head, laid out over the tree."""
         if self.tree.max_depth == 0:
             return Proposal(jnp.reshape(context.root, (1,)))

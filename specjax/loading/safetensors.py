@@ -66,3 +66,9 @@ def rows(tensor: Stored, start: int, stop: int) -> np.ndarray:
     # Opened anew each time: a mapping that stays open keeps every page it touched resident.
     with safe_open(tensor.file, "np") as file:
         return file.get_slice(tensor.name)[start:stop]
+
+
+def metadata(path: Path) -> dict[str, str]:
+    """The free-form part of a file's header."""
+    with safe_open(path, "np") as file:
+        return dict(file.metadata() or {})

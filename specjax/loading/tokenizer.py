@@ -127,18 +127,16 @@ class Tokenizer:
         kind, pre = metadata.get("tokenizer.ggml.model", "none"), metadata.get("tokenizer.ggml.pre")
         if kind == "none":
             return None
+        if kind not in ("gpt2", "llama"):
+            raise CheckpointError(
+                f"tokenizer.ggml.model is {kind!r}; supported are 'gpt2' (byte-level BPE) and 'llama' (SentencePiece). "
+                "Load the Hugging Face checkpoint of this model instead."
+            )
         for part in ("tokens", "merges" if kind == "gpt2" else "scores"):
             if f"tokenizer.ggml.{part}" not in metadata:
                 raise CheckpointError(f"the GGUF metadata lacks tokenizer.ggml.{part}, which tokenizer {kind!r} needs.")
         tokens: list[str] = metadata["tokenizer.ggml.tokens"]
-        if kind == "gpt2":
-            backend = _byte_level(metadata, pre)
-        elif kind == "llama":
-            backend = _sentencepiece(metadata)
-        else:
-            raise CheckpointError(
-                f"tokenizer.ggml.model is {kind!r}; supported are 'gpt2' (byte-level BPE) and 'llama' (SentencePiece BPE)."
-            )
+        backend = _byte_level(metadata, pre) if kind == "gpt2" else _sentencepiece(metadata)
         types = metadata.get("tokenizer.ggml.token_type", [TokenType.NORMAL] * len(tokens))
         for token, role in zip(tokens, types, strict=True):
             if role in (TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED):

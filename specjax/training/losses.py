@@ -1,0 +1,49 @@
+"""Losses and accuracies of Medusa heads over cached features.
+
+Feature j predicted token j of its conversation, so that 0-based head i is to give token j + 1 + i: with the feature at
+text position t, the LM head gives t + 1 (token j) and head i gives t + 2 + i.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+IGNORED = -100  # label of a position that counts for nothing
+
+
+def future_labels(tokens: Int[np.ndarray, "n"], lengths: Int[np.ndarray, "c"], heads: int) -> Int[np.ndarray, "n C"]:
+    """labels[j, i]: the token that head i should give at feature j; `IGNORED` past the end of j's conversation."""
+    labels = np.full((len(tokens), heads), IGNORED, np.int32)
+    end = np.repeat(np.cumsum(lengths), lengths)
+    for i in range(heads):
+        source = np.arange(len(tokens)) + 1 + i
+        inside = source < end
+        labels[inside, i] = tokens[source[inside]]
+    return labels
+
+
+def reduce_labels(
+    labels: Int[np.ndarray, "n C"], token_map: Int[np.ndarray, "R"], vocab: int
+) -> Int[np.ndarray, "n C"]:
+    """The labels as rows of the reduced vocabulary; tokens outside it become `IGNORED`."""
+    rows = np.full(vocab, IGNORED, np.int32)
+    rows[token_map] = np.arange(len(token_map), dtype=np.int32)
+    return np.where(labels == IGNORED, IGNORED, rows[np.maximum(labels, 0)])
+
+
+def head_cross_entropy(logits: Float[Array, "C T V"], labels: Int[Array, "T C"]) -> Float[Array, "C"]:
+    """Mean cross-entropy of each head over its labelled positions, in nats."""
+    valid = labels.T != IGNORED
+    picked = jnp.take_along_axis(logits, jnp.where(valid, labels.T, 0)[..., None], axis=-1)[..., 0]
+    losses = jax.nn.logsumexp(logits, axis=-1) - picked
+    return jnp.sum(jnp.where(valid, losses, 0.0), axis=1) / jnp.maximum(jnp.sum(valid, axis=1), 1)
+
+
+def label_ranks(logits: Float[Array, "C T V"], labels: Int[Array, "T C"]) -> Int[Array, "C T"]:
+    """How many tokens a head prefers to the true one (0: its best guess), ties to the lowest id; -1 where unlabelled."""
+    valid = labels.T != IGNORED
+    safe = jnp.where(valid, labels.T, 0)[..., None]
+    picked = jnp.take_along_axis(logits, safe, axis=-1)
+    ahead = (logits > picked) | ((logits == picked) & (jnp.arange(logits.shape[-1]) < safe))
+    return jnp.where(valid, jnp.sum(ahead, axis=-1), -1)

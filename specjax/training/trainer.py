@@ -1,0 +1,196 @@
+"""Medusa-1: fits the heads alone, with Optax, on features of the frozen target."""
+
+import functools
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int
+
+from specjax.errors import ConfigError, DataError
+from specjax.heads import Heads, draft_projection, project
+from specjax.loading import checkpoint
+from specjax.params import Params
+from specjax.training.distill import Answers
+from specjax.training.losses import IGNORED, future_labels, head_cross_entropy, label_ranks, reduce_labels
+
+TOP = (1, 2, 3, 5, 10)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Optimisation settings. One step is `batch_size` positions; an epoch visits every position once."""
+
+    epochs: int = 3
+    batch_size: int = 2048
+    learning_rate: float = 2e-3  # peak; linear warm-up, then cosine to zero
+    warmup: float = 0.05  # share of the steps
+    head_decay: float = 1.0  # weight of head k is head_decay ** k (Medusa-1 in the paper: 0.8)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.batch_size < 1 or not self.learning_rate > 0 or not 0 <= self.warmup < 1:
+            raise ConfigError(
+                f"{self}: expected epochs and batch_size of at least 1, learning_rate > 0, 0 <= warmup < 1."
+            )
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Features with the labels of every head, in the heads' (possibly reduced) vocabulary."""
+
+    features: Float[np.ndarray, "n D"]
+    labels: Int[np.ndarray, "n C"]
+    unseen: Int[np.ndarray, "C"]  # labels outside the reduced vocabulary: no head can be right there
+
+
+def dataset(answers: Answers, heads: Heads) -> Dataset:
+    """Labels `answers` for `heads`.
+
+    Raises:
+      DataError: no labelled position (every conversation is shorter than two tokens), or features of another width.
+    """
+    config = heads.config
+    if answers.features.shape[1] != config.hidden_size:
+        raise DataError(
+            f"the features have width {answers.features.shape[1]}, the heads read {config.hidden_size}; "
+            "the data was made by another model."
+        )
+    full = future_labels(answers.tokens, answers.lengths, config.num_heads)
+    if not (full != IGNORED).any():
+        raise DataError(
+            f"none of the {len(answers.lengths)} conversations has a token after its first; add longer ones."
+        )
+    if heads.token_map is None:
+        return Dataset(answers.features, full, np.zeros(config.num_heads, np.int64))
+    labels = reduce_labels(full, np.asarray(heads.token_map), config.vocab_size)
+    return Dataset(answers.features, labels, ((full != IGNORED) & (labels == IGNORED)).sum(0))
+
+
+def frequent_tokens(tokens: Int[np.ndarray, "n"], size: int, vocab: int) -> Int[np.ndarray, "R"]:
+    """The `size` most frequent tokens, ascending (ties in frequency to the lowest id): a reduced vocabulary."""
+    counts = np.bincount(tokens, minlength=vocab)
+    return np.sort(np.argsort(-counts, kind="stable")[:size]).astype(np.int32)
+
+
+@functools.partial(jax.jit, static_argnames=("optimiser", "decay"), donate_argnames=("params", "opt_state"))
+def _step(
+    heads: Heads,
+    projection: Float[Array, "R D"] | None,
+    optimiser: optax.GradientTransformation,
+    decay: float,
+    params: Any,
+    opt_state: optax.OptState,
+    features: Float[Array, "T D"],
+    labels: Int[Array, "T C"],
+) -> tuple[Any, optax.OptState, Float[Array, "C"], Float[Array, ""]]:
+    def loss(params: Any) -> tuple[Float[Array, ""], Float[Array, "C"]]:
+        # bfloat16 operands, float32 master weights: the cast's gradient comes back as float32.
+        half = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+        each = head_cross_entropy(project(replace(heads, params=half), projection, features), labels)
+        return jnp.sum(each * decay ** jnp.arange(each.shape[0])), each
+
+    grads, each = jax.grad(loss, has_aux=True)(params)
+    updates, opt_state = optimiser.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state, each, optax.global_norm(grads)
+
+
+@jax.jit
+def _ranks(
+    heads: Heads, projection: Float[Array, "R D"] | None, features: Float[Array, "T D"], labels: Int[Array, "T C"]
+) -> Int[Array, "C T"]:
+    return label_ranks(project(heads, projection, features), labels)
+
+
+def evaluate(heads: Heads, target: Params, data: Dataset, *, max_rank: int = 10, batch_size: int = 2048) -> np.ndarray:
+    """hits[i, r]: the share of positions where head i ranks the true token r-th, r < `max_rank`: [C max_rank].
+
+    Labels outside the heads' vocabulary count as misses.
+    """
+    projection = draft_projection(heads, target.unembedding)
+    hits = np.zeros((heads.config.num_heads, max_rank))
+    for at in range(0, len(data.features), batch_size):
+        ranks = _ranks(heads, projection, jnp.asarray(data.features[at : at + batch_size]),
+                       jnp.asarray(data.labels[at : at + batch_size]))  # fmt: skip
+        hits += np.stack([np.bincount(r[(r >= 0) & (r < max_rank)], minlength=max_rank) for r in np.asarray(ranks)])
+    labelled = (data.labels != IGNORED).sum(0) + data.unseen
+    return hits / labelled[:, None]
+
+
+def train(
+    heads: Heads,
+    target: Params,
+    data: Dataset,
+    held_out: Dataset,
+    config: TrainConfig,
+    directory: Path,
+    *,
+    report: Callable[[dict[str, Any]], None] = lambda record: None,
+) -> tuple[Heads, list[dict[str, Any]]]:
+    """Trains `heads` (float32 parameters) and gives them with the log, one record per epoch.
+
+    After every epoch the state goes to an Orbax checkpoint in `directory`, from which a later call resumes, and a record
+    (losses per head in nats, top-k accuracy per head on `held_out`, gradient norm) to `directory`/log.jsonl.
+
+    Raises:
+      DataError: fewer positions than one batch, or a loss that is not finite (the last checkpoint stays as it was).
+    """
+    per_epoch = len(data.features) // config.batch_size
+    if per_epoch == 0:
+        raise DataError(
+            f"{len(data.features)} positions do not fill one batch of {config.batch_size}; lower batch_size."
+        )
+    steps = per_epoch * config.epochs
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, config.learning_rate, max(1, int(config.warmup * steps)), steps, 0.0
+    )
+    optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.0))
+    projection = draft_projection(heads, target.unembedding)
+    projection = None if projection is None else projection.astype(jnp.bfloat16)
+    state = {"params": heads.params, "opt": optimiser.init(heads.params)}
+    directory.mkdir(parents=True, exist_ok=True)
+    log_file, log = directory / "log.jsonl", []
+    first = checkpoint.latest(directory / "checkpoints") or 0
+    if first:
+        state = checkpoint.restore(directory / "checkpoints", state)
+        log = [json.loads(line) for line in log_file.read_text().splitlines()][: first + 1]
+    else:
+        log = [_record(heads, target, held_out, epoch=0)]
+        report(log[-1])
+    log_file.write_text("".join(json.dumps(r) + "\n" for r in log))
+    state = jax.tree.map(jnp.array, state)  # the step donates its state: keep the caller's heads intact
+    for epoch in range(first, config.epochs):
+        order = np.random.default_rng((config.seed, epoch)).permutation(len(data.features))
+        losses, norm = [], jnp.zeros(())
+        for batch in order[: per_epoch * config.batch_size].reshape(per_epoch, -1):
+            batch = np.sort(batch)  # the order within a batch is free, and sorted reads are faster
+            state["params"], state["opt"], loss, norm = _step(
+                heads, projection, optimiser, config.head_decay, state["params"], state["opt"],
+                jnp.asarray(data.features[batch]), jnp.asarray(data.labels[batch]),
+            )  # fmt: skip
+            losses.append(loss)
+        mean = np.mean(jax.device_get(losses), axis=0)
+        if not np.isfinite(mean).all():
+            raise DataError(
+                f"the loss of epoch {epoch + 1} is {mean.tolist()}; lower learning_rate {config.learning_rate}."
+            )
+        checkpoint.save(directory / "checkpoints", epoch + 1, state)
+        record = _record(replace(heads, params=state["params"]), target, held_out, epoch=epoch + 1)
+        log.append(record | {"loss": mean.tolist(), "gradient_norm": float(norm)})
+        with log_file.open("a") as file:
+            file.write(json.dumps(log[-1]) + "\n")
+        report(log[-1])
+    (directory / "config.json").write_text(json.dumps(asdict(config), indent=2))
+    return replace(heads, params=state["params"]), log
+
+
+def _record(heads: Heads, target: Params, held_out: Dataset, *, epoch: int) -> dict[str, Any]:
+    hits = evaluate(heads, target, held_out)
+    accuracy = {f"top{k}": hits[:, :k].sum(1).round(4).tolist() for k in TOP}
+    return {"epoch": epoch, "accuracy": accuracy, "hits": hits.round(5).tolist()}

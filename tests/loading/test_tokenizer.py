@@ -1,0 +1,189 @@
+"""Tokenizers rebuilt from GGUF metadata and from Hugging Face files; chat templates in the sandbox.
+
+tests/parity holds the comparisons with transformers' tokenizers.
+"""
+
+import json
+
+import pytest
+import tokenizers
+from gguf import TokenType
+from tokenizers import models, pre_tokenizers, processors
+
+from specjax.errors import CheckpointError, PromptError
+from specjax.loading import load_model
+from specjax.loading.tokenizer import Tokenizer, _pre_tokenizer
+
+CHATML = "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>{% endfor %}"
+
+
+def _byte_level(pre="gpt-2", **more):
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": ["a", "b", "Ġ", "ab", "aba", "<s>", "</s>", "<tool>", "c"],
+        "tokenizer.ggml.token_type": [TokenType.NORMAL] * 5 + [TokenType.CONTROL] * 2
+        + [TokenType.USER_DEFINED, TokenType.NORMAL],
+        "tokenizer.ggml.merges": ["a b"],
+        "tokenizer.ggml.bos_token_id": 5,
+        "tokenizer.ggml.eos_token_id": 6,
+    } | {f"tokenizer.{key}": value for key, value in more.items()}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("pre", "words"),
+    [
+        ("gpt-2", "IT|'|S|Ġ1234|Ġ|Ġx|'s|ĊĊ|Ġy"),
+        ("default", "IT|'|S|Ġ1234|Ġ|Ġx|'s|ĊĊ|Ġy"),
+        ("smollm", "IT|'|S|Ġ|1|2|3|4|Ġ|Ġx|'s|ĊĊ|Ġy"),
+        ("qwen2", "IT|'S|Ġ|1|2|3|4|Ġ|Ġx|'s|ĊĊ|Ġy"),
+        ("llama-bpe", "IT|'S|Ġ|123|4|Ġ|Ġx|'s|ĊĊ|Ġy"),
+    ],
+)
+def test_words_are_cut_as_the_model_was_trained(pre, words):
+    cut = _pre_tokenizer(pre).pre_tokenize_str("IT'S 1234  x's\n\n y")
+    assert [word for word, _ in cut] == words.split("|")
+
+
+def test_byte_level_bpe():
+    tokenizer = Tokenizer.from_gguf(_byte_level(), (6,))
+    ids = tokenizer.encode("abab a</s><tool>")
+    assert ids == [3, 3, 2, 0, 6, 7]
+    assert tokenizer.decode(ids) == "abab a<tool>"
+    assert tokenizer.decode(ids, skip_special_tokens=False) == "abab a</s><tool>"
+    assert (tokenizer.vocab_size, tokenizer.eos_token_ids) == (9, (6,))
+
+
+def test_llama3_takes_whole_words_and_adds_the_bos():
+    assert Tokenizer.from_gguf(_byte_level(), ()).encode("aba") == [3, 0]
+    assert Tokenizer.from_gguf(_byte_level("llama-bpe"), ()).encode("aba") == [5, 4]
+
+
+def test_the_bos_is_never_added_twice():
+    metadata = _byte_level(**{"ggml.add_bos_token": True, "chat_template": "{{ bos_token }}{{ messages[0].content }}"})
+    tokenizer = Tokenizer.from_gguf(metadata, ())
+    assert tokenizer.encode("ab") == [5, 3]
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "ab"}]) == [5, 3]
+
+
+SPIECE = {
+    "<unk>": (TokenType.UNKNOWN, 0), "<s>": (TokenType.CONTROL, 0), "</s>": (TokenType.CONTROL, 0),
+    "<0xC3>": (TokenType.BYTE, 0), "<0xA9>": (TokenType.BYTE, 0), "ab": (TokenType.NORMAL, -1),
+    "bc": (TokenType.NORMAL, 0), "▁a": (TokenType.NORMAL, -2), "▁": (TokenType.NORMAL, -3),
+    "a": (TokenType.NORMAL, -4), "b": (TokenType.NORMAL, -5), "c": (TokenType.NORMAL, -6),
+}  # fmt: skip
+
+
+def _sentencepiece(**more):
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": list(SPIECE),
+        "tokenizer.ggml.scores": [score for _, score in SPIECE.values()],
+        "tokenizer.ggml.token_type": [kind for kind, _ in SPIECE.values()],
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+    } | {f"tokenizer.ggml.{key}": value for key, value in more.items()}
+
+
+def test_sentencepiece_merges_by_score_and_falls_back_to_bytes():
+    tokenizer = Tokenizer.from_gguf(_sentencepiece(), (2,))
+
+    def pieces(text):
+        return [list(SPIECE)[i] for i in tokenizer.encode(text)]
+
+    # "bc" has the best score, so "ab" loses its b although it comes first.
+    assert pieces("abc ab") == ["<s>", "▁a", "bc", "▁", "ab"]
+    assert pieces("é") == ["<s>", "▁", "<0xC3>", "<0xA9>"]
+    assert pieces("a</s>a") == ["<s>", "▁a", "</s>", "▁a"]
+    for text in ("abc ab", "é a", " a"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert Tokenizer.from_gguf(_sentencepiece(add_bos_token=False, add_space_prefix=False), ()).encode("bc") == [6]
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        (_byte_level("tekken"), r"tokenizer\.ggml\.pre is 'tekken'"),
+        (_byte_level(None), r"tokenizer\.ggml\.pre is None"),
+        (_byte_level() | {"tokenizer.ggml.model": "t5"}, "'t5'; supported are"),
+        ({k: v for k, v in _byte_level().items() if not k.endswith("merges")}, "lacks tokenizer.ggml.merges"),
+        ({k: v for k, v in _sentencepiece().items() if not k.endswith("scores")}, "lacks tokenizer.ggml.scores"),
+    ],
+)
+def test_unsupported_metadata(metadata, message):
+    with pytest.raises(CheckpointError, match=message):
+        Tokenizer.from_gguf(metadata, ())
+
+
+def test_no_tokenizer_at_all(tmp_path):
+    assert Tokenizer.from_gguf({}, ()) is None
+    assert Tokenizer.from_hf(tmp_path, ()) is None
+
+
+@pytest.fixture
+def hf_directory(tmp_path):
+    backend = tokenizers.Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "hi": 2, "you": 3, "user": 4, "?": 5}, "?"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.add_special_tokens(["<s>", "</s>"])
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    backend.enable_truncation(2)
+    backend.enable_padding(length=8)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    settings = {"bos_token": {"content": "<s>"}, "eos_token": "</s>", "chat_template": CHATML}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    return tmp_path
+
+
+def test_hf_files(hf_directory):
+    tokenizer = Tokenizer.from_hf(hf_directory, (1,))
+    assert tokenizer.encode("hi you hi") == [0, 2, 3, 2]  # neither truncated nor padded
+    assert tokenizer.special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}]) == [0, 4, 2, 1]
+    named = [{"name": "tool_use", "template": "you"}, {"name": "default", "template": "{{ eos_token }}"}]
+    (hf_directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "chat_template": named}))
+    assert Tokenizer.from_hf(hf_directory, ()).render_chat([{}]) == "</s>"
+    (hf_directory / "chat_template.jinja").write_text("you")  # the file wins
+    assert Tokenizer.from_hf(hf_directory, ()).render_chat([{}]) == "you"
+
+
+def test_damaged_tokenizer_json(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot be read"):
+        Tokenizer.from_hf(tmp_path, ())
+
+
+def _render(template, messages=({"role": "user", "content": "<é>"},), **options):
+    backend = tokenizers.Tokenizer(models.WordLevel({"?": 0}, "?"))
+    return Tokenizer(backend, chat_template=template).render_chat(messages, **options)
+
+
+def test_templates_speak_transformers_dialect():
+    assert _render("{% if true %}\n  {% for m in messages %}\n{{ m.role }}\n    {% endfor %}\n{% endif %}") == "user\n"
+    assert _render("{{ messages | tojson }}") == '[{"role": "user", "content": "<é>"}]'
+    assert _render("{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}") == "01"
+    assert _render("{{ strftime_now('%Y') | length }}{{ add_generation_prompt }}") == "4True"
+    assert _render("{{ add_generation_prompt }}", add_generation_prompt=False) == "False"
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "message"),
+    [
+        (None, [{"role": "user", "content": "x"}], "no chat template"),
+        ("x", [], "messages is empty"),
+        ("{{ raise_exception('no system role') }}", [{}], "no system role"),
+        ("{% if %}", [{}], "refuses"),
+        ("{{ messages.__class__.__mro__ }}", [{}], "unsafe"),
+    ],
+)
+def test_chats_that_cannot_be_rendered(template, messages, message):
+    with pytest.raises(PromptError, match=message):
+        _render(template, messages)
+
+
+def test_smollm2_keeps_spaces_before_digits_together():
+    tokenizer = load_model("smollm2-135m-instruct").tokenizer
+    assert [tokenizer.decode([i]) for i in tokenizer.encode("a  12")] == ["a", "  ", "1", "2"]
+    prompt = tokenizer.render_chat([{"role": "user", "content": "Hi"}])
+    assert prompt.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+    assert tokenizer.eos_token_ids == (tokenizer.backend.token_to_id("<|im_end|>"),)
