@@ -21,7 +21,7 @@ from specjax.tree import Tree
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Verdict:
-    """The outcome of a round: the deepest accepted node, its depth (accepted drafts), and the target's own next token."""
+    """The outcome of a round: the deepest accepted node, its depth (accepted drafts), and the target's own token."""
 
     node: Int[Array, ""]
     accepted: Int[Array, ""]
@@ -29,7 +29,7 @@ class Verdict:
 
 
 class Acceptance(Protocol):
-    """`(logits [M V], tokens [M], tree, key) -> Verdict`, pure; `lossless` says whether the target's law is preserved."""
+    """`(logits [M V], tokens [M], tree, key) -> Verdict`, pure; `lossless`: the target's law is preserved."""
 
     lossless: ClassVar[bool]
 
@@ -68,7 +68,7 @@ def _follow(chosen: Int[Array, "M"], tokens: Int[Array, "M"], tree: Tree) -> Ver
 
 @dataclass(frozen=True)
 class Greedy:
-    """Accepts a draft that is the target's arg-max: the output equals autoregressive greedy decoding, token for token."""
+    """Accepts a draft that is the target's arg-max: the output is that of autoregressive greedy decoding."""
 
     lossless: ClassVar[bool] = True
 

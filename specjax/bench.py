@@ -1,6 +1,6 @@
 """Honest timing: methods alternate prompt by prompt, compile time and prefill stay outside, spreads are kept.
 
-A speed-up is per prompt, against autoregressive decoding in the same dtype and the same run; where another dtype decodes
+A speed-up is per prompt, against autoregressive decoding in the same dtype and run; where another dtype decodes
 faster autoregressively, the ratio to that one stands beside it.
 """
 
@@ -10,7 +10,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,8 @@ class Contender:
 
     name: str
     model: Model
-    drafter: Drafter = NoDrafter()
-    acceptance: Acceptance = Greedy()
+    drafter: Drafter = field(default_factory=NoDrafter)
+    acceptance: Acceptance = field(default_factory=Greedy)
 
     @property
     def dtype(self) -> str:
@@ -154,8 +154,9 @@ def compare(
             record["speedup"] = _spread(rates[i] / rates[base])
             if fastest != base:
                 record["speedup_over_fastest_autoregressive"] = {
-                    "name": contenders[fastest].name, **_spread(rates[i] / rates[fastest]),
-                }  # fmt: skip
+                    "name": contenders[fastest].name,
+                    **_spread(rates[i] / rates[fastest]),
+                }
             record["identical_to_autoregressive"] = _identity(contender.model, requests, runs[i], runs[base])
             record["per_category"] = {
                 category: {
@@ -180,9 +181,14 @@ def compare(
 
 def _run(contender: Contender, request: Request, *, max_new_tokens: int, capacity: int) -> _Run:
     state = decode.prefill(
-        contender.model, request.ids, drafter=contender.drafter, acceptance=contender.acceptance,
-        max_new_tokens=max_new_tokens, key=jax.random.key(0), capacity=capacity,
-    )  # fmt: skip
+        contender.model,
+        request.ids,
+        drafter=contender.drafter,
+        acceptance=contender.acceptance,
+        max_new_tokens=max_new_tokens,
+        key=jax.random.key(0),
+        capacity=capacity,
+    )
     jax.block_until_ready(state)
     begin = time.perf_counter()
     done = decode.decode(contender.model, state, drafter=contender.drafter, acceptance=contender.acceptance)

@@ -30,7 +30,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder's shape. Axis letters: V vocabulary, D width, F feed-forward, L layers, N query, K key/value heads, H head dim."""
+    """A decoder's shape, each size with its axis letter."""
 
     family: Literal["llama", "qwen2"]
     vocab_size: int  # V
@@ -52,8 +52,16 @@ class ModelConfig:
     name: str = ""
 
     def __post_init__(self) -> None:
-        for field in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads",
-                      "head_dim", "max_positions"):  # fmt: skip
+        for field in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "max_positions",
+        ):
             value = getattr(self, field)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{field} is {value!r}; expected a positive integer.")
@@ -143,8 +151,10 @@ class ModelConfig:
         heads, width = int(get("attention.head_count")), int(get("embedding_length"))
         head_dim = int(get("attention.key_length", width // heads))
         if int(get("rope.dimension_count", head_dim)) != head_dim:
-            raise ConfigError(f"rope.dimension_count is {get('rope.dimension_count')}, head_dim {head_dim}; partial rotary "
-                              "embeddings are not supported.")  # fmt: skip
+            raise ConfigError(
+                f"rope.dimension_count is {get('rope.dimension_count')}, head_dim {head_dim}; partial rotary "
+                "embeddings are not supported."
+            )
         scaling_kind = get("rope.scaling.type", "none")
         if scaling_kind not in ("none", "linear"):
             raise ConfigError(
@@ -153,8 +163,10 @@ class ModelConfig:
         scaling = RopeScaling("linear", float(get("rope.scaling.factor"))) if scaling_kind == "linear" else None
         if rope_divisors is not None:
             if len(rope_divisors) != head_dim // 2 or scaling is not None:
-                raise ConfigError(f"rope_freqs.weight has {len(rope_divisors)} entries beside rope.scaling.type "
-                                  f"{scaling_kind!r}; expected {head_dim // 2} and 'none'.")  # fmt: skip
+                raise ConfigError(
+                    f"rope_freqs.weight has {len(rope_divisors)} entries beside rope.scaling.type "
+                    f"{scaling_kind!r}; expected {head_dim // 2} and 'none'."
+                )
             scaling = RopeScaling("divisors", divisors=tuple(float(d) for d in rope_divisors))
         window = metadata.get(f"{arch}.attention.sliding_window")
         eos = [metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot")]
@@ -264,8 +276,24 @@ def _llama(name: str, vocab: int, d: int, f: int, layers: int, n: int, k: int, *
 
 
 def _qwen2(name: str, vocab: int, d: int, f: int, layers: int, n: int, k: int, **more: Any) -> ModelConfig:
-    return ModelConfig("qwen2", vocab, d, f, layers, n, k, d // n, rope_theta=1e6, rms_norm_eps=1e-6, qkv_bias=True,
-                       max_positions=32_768, bos_token_id=151_643, eos_token_ids=(151_645, 151_643), name=name, **more)  # fmt: skip
+    return ModelConfig(
+        "qwen2",
+        vocab,
+        d,
+        f,
+        layers,
+        n,
+        k,
+        d // n,
+        rope_theta=1e6,
+        rms_norm_eps=1e-6,
+        qkv_bias=True,
+        max_positions=32_768,
+        bos_token_id=151_643,
+        eos_token_ids=(151_645, 151_643),
+        name=name,
+        **more,
+    )
 
 
 _LLAMA31_ROPE = RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
@@ -287,7 +315,7 @@ PRESETS: dict[str, ModelConfig] = {
             max_positions=8192,
             bos_token_id=1,
             eos_token_ids=(2,),
-        ),  # fmt: skip
+        ),
         _llama(
             "vicuna-7b",
             32_000,
@@ -300,7 +328,7 @@ PRESETS: dict[str, ModelConfig] = {
             max_positions=4096,
             bos_token_id=1,
             eos_token_ids=(2,),
-        ),  # fmt: skip
+        ),
         _llama(
             "llama-3.1-8b",
             128_256,
@@ -315,7 +343,7 @@ PRESETS: dict[str, ModelConfig] = {
             max_positions=131_072,
             bos_token_id=128_000,
             eos_token_ids=(128_001, 128_008, 128_009),
-        ),  # fmt: skip
+        ),
         _qwen2("qwen2.5-0.5b", 151_936, 896, 4864, 24, 14, 2, tie_word_embeddings=True),
         _qwen2("qwen2.5-1.5b", 151_936, 1536, 8960, 28, 12, 2, tie_word_embeddings=True),
         _qwen2("qwen2.5-7b", 152_064, 3584, 18_944, 28, 28, 4),

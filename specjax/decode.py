@@ -133,7 +133,7 @@ def round_(
 def _cut(
     fresh: Int[Array, "E1"], count: Int[Array, ""], budget: Int[Array, ""], eos: tuple[int, ...]
 ) -> tuple[Int[Array, ""], Bool[Array, ""]]:
-    """How many of the `count` fresh tokens to commit (up to the first EOS, within the budget), and whether that ends it."""
+    """How many of the `count` fresh tokens to commit (up to the first EOS, within the budget); whether that is the end."""
     count = jnp.minimum(count, budget)
     stops = jnp.isin(fresh, jnp.asarray(eos, jnp.int32)) & (jnp.arange(fresh.shape[0]) < count)
     hit = jnp.any(stops)
@@ -297,9 +297,15 @@ def generate(
         _check_prompt(prompt_ids, model.config)
         return Generation(np.zeros(0, np.int32), np.zeros(0, np.int32))
     state = prefill(
-        model, prompt_ids, drafter=drafter, acceptance=acceptance, max_new_tokens=max_new_tokens, key=key,
-        eos_token_ids=eos_token_ids, capacity=capacity,
-    )  # fmt: skip
+        model,
+        prompt_ids,
+        drafter=drafter,
+        acceptance=acceptance,
+        max_new_tokens=max_new_tokens,
+        key=key,
+        eos_token_ids=eos_token_ids,
+        capacity=capacity,
+    )
     return summarise(decode(model, state, drafter=drafter, acceptance=acceptance, eos_token_ids=eos_token_ids))
 
 
@@ -323,9 +329,15 @@ def stream(
         _check_prompt(prompt_ids, model.config)
         return
     state = prefill(
-        model, prompt_ids, drafter=drafter, acceptance=acceptance, max_new_tokens=max_new_tokens, key=key,
-        eos_token_ids=eos_token_ids, capacity=capacity,
-    )  # fmt: skip
+        model,
+        prompt_ids,
+        drafter=drafter,
+        acceptance=acceptance,
+        max_new_tokens=max_new_tokens,
+        key=key,
+        eos_token_ids=eos_token_ids,
+        capacity=capacity,
+    )
     eos, width = _eos(model.config, eos_token_ids), drafter.tree.max_depth + 1
     seen = len(prompt_ids)
     while True:

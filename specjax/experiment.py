@@ -1,6 +1,6 @@
 """Experiments: a Python file with `get_config()` is the config, its docstring the record, `specjax run` the runner.
 
-A config is any frozen dataclass with `run(output_dir, console) -> dict`; its fields can be overridden on the command line.
+A config is any frozen dataclass with `run(output_dir, console) -> dict`; the command line overrides its fields.
 """
 
 import importlib.util

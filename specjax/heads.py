@@ -11,7 +11,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from specjax.errors import ConfigError
@@ -65,8 +64,8 @@ class MedusaConfig:
 class MedusaHeads(nn.Module):
     """All heads at once: residual blocks x + SiLU(x W + b), then, when `full`, the heads' own projections.
 
-    Call with features [..., D]. `full` gives logits [C, ..., R], `shared` the hidden states [C, ..., D] that the LM head
-    is to read. Weights and biases start at zero, so that training starts from the LM head.
+    Call with features [..., D]. `full` gives logits [C, ..., R], `shared` the hidden states [C, ..., D] that the LM
+    head is to read. Weights and biases start at zero, so that training starts from the LM head.
     """
 
     config: MedusaConfig

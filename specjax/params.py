@@ -69,9 +69,15 @@ class ParamSpec:
 def abstract(config: ModelConfig) -> Params:
     """The parameter tree of `config` with a `ParamSpec` at every leaf."""
     sizes = {
-        "V": config.vocab_size, "D": config.hidden_size, "F": config.intermediate_size, "K": config.num_kv_heads,
-        "G": config.group_size, "Q": config.group_size + 2, "H": config.head_dim, "2": 2,
-    }  # fmt: skip
+        "V": config.vocab_size,
+        "D": config.hidden_size,
+        "F": config.intermediate_size,
+        "K": config.num_kv_heads,
+        "G": config.group_size,
+        "Q": config.group_size + 2,
+        "H": config.head_dim,
+        "2": 2,
+    }
 
     def spec(axes: str, init: Literal["normal", "zeros", "ones"] = "normal") -> Any:
         letters = tuple(axes.split())

@@ -22,8 +22,8 @@ def warp(
 ) -> Float[Array, "*T V"]:
     """Logits of the warped distribution; excluded tokens get -inf.
 
-    Top-k keeps exactly k tokens (ties to the lowest id). Top-p keeps the smallest set of most probable tokens whose mass
-    reaches `top_p`, always at least one.
+    Top-k keeps exactly k tokens (ties to the lowest id). Top-p keeps the smallest set of most probable tokens whose
+    mass reaches `top_p`, always at least one.
     """
     logits = logits / temperature
     if top_k is not None and top_k < logits.shape[-1]:

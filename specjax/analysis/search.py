@@ -35,7 +35,7 @@ def greedy_tree(hits: Float[np.ndarray, "C R"], size: int) -> Tree:
     """The tree of `size` nodes with the most `expected_tokens`: Medusa's search (section 2.3.3).
 
     It adds the child or next sibling of largest path probability until `size` nodes stand. Optimal under independence,
-    because a child is never likelier than its parent, nor a rank than the one before it (ranks are taken in that order).
+    because a child is never likelier than its parent, nor a rank than the one before it.
 
     Raises:
       TreeError: a size below 1 or beyond what heads and ranks allow.
@@ -78,8 +78,8 @@ def choose_tree(
 ) -> Choice:
     """The tree with the most expected tokens per second on this machine, for this model, dtype and heads.
 
-    For every size the greedy tree is timed in the real decoding loop: `repeats` runs, alternating over the sizes, of about
-    `rounds` rounds each; the median of the time per round counts. A row holds nodes, expected_tokens, milliseconds per
+    For every size the greedy tree is timed in the real decoding loop: `repeats` runs, alternating over the sizes, of
+    about `rounds` rounds each; the median of the time per round counts. A row holds nodes, expected_tokens, milliseconds per
     round {median, min, max}, and expected_tokens_per_second.
     """
     candidates = [MedusaDrafter(heads, greedy_tree(hits, size)) for size in sizes]
@@ -98,7 +98,7 @@ def choose_tree(
             begin = time.perf_counter()
             done = jax.block_until_ready(decode(model, state, drafter=drafter, eos_token_ids=()))
             taken.append((time.perf_counter() - begin) / int(done.rounds))
-    rows = []
+    rows: list[dict[str, Any]] = []
     for drafter, taken in zip(candidates, seconds, strict=True):
         tokens, middle = expected_tokens(drafter.tree, hits), float(np.median(taken))
         rows.append(

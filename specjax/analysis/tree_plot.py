@@ -73,8 +73,17 @@ def draw_tree(
         )
     plate = {"boxstyle": "square,pad=0.12", "fc": "white", "ec": "none"}
     for node, label in enumerate(labels or ()):
-        ax.annotate(label, (x[node], y[node]), (8, 0), textcoords="offset points", va="center_baseline", size=7,
-                    color=_INK, zorder=5, bbox=plate)  # fmt: skip
+        ax.annotate(
+            label,
+            (x[node], y[node]),
+            (8, 0),
+            textcoords="offset points",
+            va="center_baseline",
+            size=7,
+            color=_INK,
+            zorder=5,
+            bbox=plate,
+        )
 
     ax.set_title(f"{tree.name or 'draft tree'}: {tree.size - 1} drafts, depth {tree.max_depth}", size=10, color=_INK)
     ax.set_xticks(range(tree.max_depth + 1), ["root", *(f"depth {d}" for d in range(1, tree.max_depth + 1))])
@@ -100,5 +109,14 @@ def _draw_edge(
     known = not np.isnan(value)
     ax.plot(x, y, color=colours.cmap(value) if known else _EDGE, lw=0.8 + 2 * value if known else 1.0, zorder=1)
     if known and size <= _NUMBERED_EDGES + 1:
-        ax.text(x[15], y[15], f"{value:.2f}", size=6.5, ha="center", va="center", color=_INK, zorder=2,
-                bbox={"boxstyle": "square,pad=0.1", "fc": "white", "ec": "none"})  # fmt: skip
+        ax.text(
+            x[15],
+            y[15],
+            f"{value:.2f}",
+            size=6.5,
+            ha="center",
+            va="center",
+            color=_INK,
+            zorder=2,
+            bbox={"boxstyle": "square,pad=0.1", "fc": "white", "ec": "none"},
+        )

@@ -39,7 +39,7 @@ class MedusaDrafter:
             )
         if self.tree.max_depth > heads.num_heads:
             raise TreeError(
-                f"the tree is {self.tree.max_depth} deep, but there are {heads.num_heads} heads; choose a shallower tree."
+                f"the tree is {self.tree.max_depth} deep, but there are {heads.num_heads} heads; take a shallower one."
             )
         widest = max(self.tree.max_rank_by_depth, default=0)
         if widest > (heads.reduced_vocab_size or heads.vocab_size):

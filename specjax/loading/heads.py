@@ -44,13 +44,20 @@ def _layout(name: str, residual: str, projection: str, prefix: str = "") -> Layo
 _MEDUSA = (r"(?P<head>\d+)\.(?P<layer>\d+)\.linear\.(?P<kind>weight|bias)", r"(?P<head>\d+)\.(?P<layer>\d+)\.weight")
 LAYOUTS = (
     _layout("medusa", *_MEDUSA),  # v0.1; without projections: "v2", which shares the LM head
-    _layout("abyo", r"(?P<head>\d+)\.res\.(?P<layer>\d+)\.(?P<kind>weight|bias)", r"(?P<head>\d+)\.output\.weight",
-            r"medusa_head\."),
+    _layout(
+        "abyo",
+        r"(?P<head>\d+)\.res\.(?P<layer>\d+)\.(?P<kind>weight|bias)",
+        r"(?P<head>\d+)\.output\.weight",
+        r"medusa_head\.",
+    ),
     _layout("bundled", *_MEDUSA, r"medusa_head\."),  # Medusa-2 models: next to the base weights
     _layout("tensorrt-llm", *_MEDUSA, r"medusa_heads\."),  # and ModelOpt
-    _layout("vllm", r"blocks\.(?P<head>\d+)\.layers\.(?P<layer>\d+)\.(?P<kind>weight|bias)",
-            r"lm_heads\.(?P<head>\d+)\.weight"),
-)  # fmt: skip
+    _layout(
+        "vllm",
+        r"blocks\.(?P<head>\d+)\.layers\.(?P<layer>\d+)\.(?P<kind>weight|bias)",
+        r"lm_heads\.(?P<head>\d+)\.weight",
+    ),
+)
 
 
 def packaged_heads() -> list[str]:
@@ -63,8 +70,8 @@ def load_heads(source: str | os.PathLike[str], config: ModelConfig, *, dtype: DT
 
     Args:
       source: a packaged name, a file (`.safetensors`, or a `.pt` state dict, which is never executed), or a directory
-        with heads in any of `LAYOUTS`, also next to base weights. The number of heads and of residual layers is read off
-        the tensors: published configs are sometimes wrong.
+        with heads in any of `LAYOUTS`, also next to base weights. The numbers of heads and residual layers are read
+        off the tensors: published configs are sometimes wrong.
       config: the target's.
       dtype: of the parameters; None keeps the file's.
 
@@ -75,13 +82,10 @@ def load_heads(source: str | os.PathLike[str], config: ModelConfig, *, dtype: DT
     path = _resolve(source)
     metadata = _native_metadata(path)
     tensors, extra = _read(path)
-    if metadata is not None:
-        heads = _native(tensors, metadata, path)
-    else:
-        heads = _published(tensors, extra, config, path)
+    heads = _published(tensors, extra, config, path) if metadata is None else _native(tensors, metadata, path)
     if (heads.config.hidden_size, heads.config.vocab_size) != (config.hidden_size, config.vocab_size):
         raise CheckpointError(
-            f"the heads in {path} are for hidden size {heads.config.hidden_size} and vocabulary {heads.config.vocab_size}, "
+            f"the heads in {path} have hidden size {heads.config.hidden_size} and vocabulary {heads.config.vocab_size}, "
             f"the target has {config.hidden_size} and {config.vocab_size}; they belong to another model."
         )
     if dtype is None:
@@ -111,7 +115,7 @@ def _resolve(source: str | os.PathLike[str]) -> Path:
     path = Path(source).expanduser()
     if not path.exists():
         raise CheckpointError(
-            f"there are no heads at {str(source)!r}; expected a file, a directory, or one of the packaged {packaged_heads()}."
+            f"there are no heads at {str(source)!r}; expected a file, a directory, or one of {packaged_heads()}."
         )
     return path
 
@@ -180,11 +184,11 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 
 def _published(tensors: dict[str, np.ndarray], extra: Mapping[str, Any], target: ModelConfig, path: Path) -> Heads:
-    layout = next((l for l in LAYOUTS if any(l.residual.fullmatch(name) for name in tensors)), None)
+    layout = next((one for one in LAYOUTS if any(one.residual.fullmatch(name) for name in tensors)), None)
     if layout is None:
         raise CheckpointError(
-            f"{path} holds no Medusa heads in a known layout ({', '.join(l.name for l in LAYOUTS)}); its tensors begin with "
-            f"{sorted(tensors)[:4]}."
+            f"{path} holds no Medusa heads in a known layout ({', '.join(one.name for one in LAYOUTS)}); its tensors "
+            f"begin with {sorted(tensors)[:4]}."
         )
     token_map = tensors.pop("token_map", None)
     if extra.get("original_lm_head"):  # vLLM: its one projection is the target's LM head

@@ -23,8 +23,15 @@ PACKAGED = {
 }
 
 # "model*": some repositories hold the same weights once more as consolidated.safetensors.
-_HF_FILES = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json",
-             "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")  # fmt: skip
+_HF_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
 
 
 @jax.tree_util.register_dataclass

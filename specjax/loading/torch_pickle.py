@@ -15,8 +15,13 @@ import numpy as np
 
 from specjax.errors import CheckpointError
 
-_STORAGES = {"FloatStorage": np.float32, "HalfStorage": np.float16, "BFloat16Storage": ml_dtypes.bfloat16,
-             "LongStorage": np.int64, "IntStorage": np.int32}  # fmt: skip
+_STORAGES = {
+    "FloatStorage": np.float32,
+    "HalfStorage": np.float16,
+    "BFloat16Storage": ml_dtypes.bfloat16,
+    "LongStorage": np.int64,
+    "IntStorage": np.int32,
+}
 
 
 class _Unpickler(pickle.Unpickler):

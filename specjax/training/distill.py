@@ -65,8 +65,8 @@ def _answer(
         newest = state.features.astype(jnp.bfloat16)
         return step(state), jax.lax.dynamic_update_index_in_dim(features, newest, i, 0), i + 1
 
-    # One condition for the whole batch: with one per member, vmap would copy every cache at every step. The loop goes one
-    # round past the last member's end, so that the feature of its last token is kept too.
+    # One condition for the whole batch: with one per member, vmap would copy every cache at every step. The loop goes
+    # one round past the last member's end, so that the feature of its last token is kept too.
     def running(carry: _Carry) -> Bool[Array, ""]:
         state, _, i = carry
         return (i < max_new) & jnp.any(state.length - lengths > i)
@@ -95,9 +95,14 @@ def answer(
         row[: len(prompt)] = prompt
     begin = np.array([len(p) for p in prompts], np.int32)
     out, counts, features = _answer(
-        model.params, model.config, acceptance, max_new_tokens, jnp.asarray(tokens), jnp.asarray(begin),
+        model.params,
+        model.config,
+        acceptance,
+        max_new_tokens,
+        jnp.asarray(tokens),
+        jnp.asarray(begin),
         jax.random.split(key, len(prompts)),
-    )  # fmt: skip
+    )
     out, counts, features = np.asarray(out), np.asarray(counts), np.asarray(features)
     return Answers(
         np.concatenate([row[b : b + n] for row, b, n in zip(out, begin, counts, strict=True)]),
@@ -107,7 +112,7 @@ def answer(
 
 
 def user_turns(model: Model, count: int, *, key: jax.Array, max_tokens: int = 48) -> list[str]:
-    """User messages written by the model itself: its chat template's user turn, left open and sampled (T 1, top-k 50)."""
+    """User messages that the model writes itself: its template's user turn, left open and sampled (T 1, top-k 50)."""
     tokenizer, marker = _tokenizer(model), "\x00"
     text = tokenizer.render_chat([{"role": "user", "content": marker}], add_generation_prompt=False)
     prefix = tokenizer.backend.encode(text[: text.index(marker)], add_special_tokens=False).ids

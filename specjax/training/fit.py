@@ -22,7 +22,7 @@ from specjax.training.trainer import TrainConfig, dataset, frequent_tokens, trai
 
 @dataclass(frozen=True)
 class Distillation:
-    """Where the text comes from: `shards` batches of `batch_size` conversations, every second one on seed prompts alone."""
+    """The text: `shards` batches of `batch_size` conversations, every second one on seed prompts alone."""
 
     directory: str = "results/distill"  # shards that are already there are used as they are
     shards: int = 64
@@ -48,7 +48,7 @@ class FitHeads:
         """Distils, trains, and writes heads.safetensors (bfloat16), log.jsonl and checkpoints to `output_dir`."""
         if not 0 < self.data.held_out_shards < self.data.shards:
             raise ConfigError(
-                f"held_out_shards is {self.data.held_out_shards} of {self.data.shards}; expected at least one shard for "
+                f"held_out_shards is {self.data.held_out_shards} of {self.data.shards}; expected at least one for "
                 "evaluation and one for training."
             )
         model = load_model(self.model, dtype=jnp.bfloat16)
@@ -62,9 +62,16 @@ class FitHeads:
         shape = MedusaConfig(self.num_heads, model.config.hidden_size, vocab, self.num_layers, "shared", size)
         heads = init_heads(shape, model.params, token_map)
         heads, log = train(
-            heads, model.params, dataset(text, heads), dataset(held_out, heads), self.training, output_dir,
-            report=lambda record: console.print(f"epoch {record['epoch']}", record["accuracy"]["top1"], record["accuracy"]["top3"]),
-        )  # fmt: skip
+            heads,
+            model.params,
+            dataset(text, heads),
+            dataset(held_out, heads),
+            self.training,
+            output_dir,
+            report=lambda record: console.print(
+                f"epoch {record['epoch']}", record["accuracy"]["top1"], record["accuracy"]["top3"]
+            ),
+        )
         record = {"trained_tokens": len(text.tokens), "held_out_tokens": len(held_out.tokens), **log[-1]}
         half = Heads(jax.tree.map(lambda p: p.astype(jnp.bfloat16), heads.params), heads.token_map, heads.config)
         metadata = {
@@ -98,7 +105,12 @@ class FitHeads:
             done = sum((directory / f"shard_{i:05d}.npz").exists() for i in range(data.shards))
             task = progress.add_task("distilling: shards", total=data.shards, completed=done)
             write_shards(
-                model, directory, data.shards, prompts_for, max_new_tokens=data.max_answer_tokens, seed=data.seed,
+                model,
+                directory,
+                data.shards,
+                prompts_for,
+                max_new_tokens=data.max_answer_tokens,
+                seed=data.seed,
                 progress=lambda shard, tokens: progress.advance(task),
-            )  # fmt: skip
+            )
         return [directory / f"shard_{i:05d}.npz" for i in range(data.shards)]

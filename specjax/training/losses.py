@@ -41,7 +41,7 @@ def head_cross_entropy(logits: Float[Array, "C T V"], labels: Int[Array, "T C"])
 
 
 def label_ranks(logits: Float[Array, "C T V"], labels: Int[Array, "T C"]) -> Int[Array, "C T"]:
-    """How many tokens a head prefers to the true one (0: its best guess), ties to the lowest id; -1 where unlabelled."""
+    """How many tokens a head prefers to the true one (0: none), ties to the lowest id; -1 where unlabelled."""
     valid = labels.T != IGNORED
     safe = jnp.where(valid, labels.T, 0)[..., None]
     picked = jnp.take_along_axis(logits, safe, axis=-1)

@@ -116,8 +116,12 @@ def evaluate(heads: Heads, target: Params, data: Dataset, *, max_rank: int = 10,
     projection = draft_projection(heads, target.unembedding)
     hits = np.zeros((heads.config.num_heads, max_rank))
     for at in range(0, len(data.features), batch_size):
-        ranks = _ranks(heads, projection, jnp.asarray(data.features[at : at + batch_size]),
-                       jnp.asarray(data.labels[at : at + batch_size]))  # fmt: skip
+        ranks = _ranks(
+            heads,
+            projection,
+            jnp.asarray(data.features[at : at + batch_size]),
+            jnp.asarray(data.labels[at : at + batch_size]),
+        )
         hits += np.stack([np.bincount(r[(r >= 0) & (r < max_rank)], minlength=max_rank) for r in np.asarray(ranks)])
     labelled = (data.labels != IGNORED).sum(0) + data.unseen
     return hits / labelled[:, None]
@@ -135,8 +139,8 @@ def train(
 ) -> tuple[Heads, list[dict[str, Any]]]:
     """Trains `heads` (float32 parameters) and gives them with the log, one record per epoch.
 
-    After every epoch the state goes to an Orbax checkpoint in `directory`, from which a later call resumes, and a record
-    (losses per head in nats, top-k accuracy per head on `held_out`, gradient norm) to `directory`/log.jsonl.
+    After every epoch the state goes to an Orbax checkpoint in `directory`, from which a later call resumes, and a
+    record (losses per head in nats, top-k accuracy per head on `held_out`, gradient norm) to `directory`/log.jsonl.
 
     Raises:
       DataError: fewer positions than one batch, or a loss that is not finite (the last checkpoint stays as it was).
@@ -171,9 +175,15 @@ def train(
         for batch in order[: per_epoch * config.batch_size].reshape(per_epoch, -1):
             batch = np.sort(batch)  # the order within a batch is free, and sorted reads are faster
             state["params"], state["opt"], loss, norm = _step(
-                heads, projection, optimiser, config.head_decay, state["params"], state["opt"],
-                jnp.asarray(data.features[batch]), jnp.asarray(data.labels[batch]),
-            )  # fmt: skip
+                heads,
+                projection,
+                optimiser,
+                config.head_decay,
+                state["params"],
+                state["opt"],
+                jnp.asarray(data.features[batch]),
+                jnp.asarray(data.labels[batch]),
+            )
             losses.append(loss)
         mean = np.mean(jax.device_get(losses), axis=0)
         if not np.isfinite(mean).all():
