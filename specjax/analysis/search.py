@@ -79,8 +79,8 @@ def choose_tree(
     """The tree with the most expected tokens per second on this machine, for this model, dtype and heads.
 
     For every size the greedy tree is timed in the real decoding loop: `repeats` runs, alternating over the sizes, of
-    about `rounds` rounds each; the median of the time per round counts. A row holds nodes, expected_tokens, milliseconds per
-    round {median, min, max}, and expected_tokens_per_second.
+    about `rounds` rounds each; the median of the time per round counts. A row holds nodes, expected_tokens, the
+    milliseconds per round {median, min, max}, and expected_tokens_per_second.
     """
     candidates = [MedusaDrafter(heads, greedy_tree(hits, size)) for size in sizes]
     runs = [

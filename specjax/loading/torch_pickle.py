@@ -1,12 +1,16 @@
 """Reads tensors out of a `torch.save` file without torch and without executing the pickle in it.
 
-The file is a zip archive: a pickle that describes tensors, and their raw storages. The unpickler knows the three things
-that a state dict needs and refuses every other name.
+The file is a zip archive: a pickle that describes tensors, and their raw storages beside it. The unpickler knows the
+few names that a state dict needs and refuses every other; what it builds are plain tuples of strings and numbers, which
+are checked before a byte of a storage is read.
 """
 
 import collections
+import math
 import pickle
 import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,67 +19,105 @@ import numpy as np
 
 from specjax.errors import CheckpointError
 
+_REMEDY = "convert it where torch is: safetensors.torch.save_file(torch.load(FILE, weights_only=True), NEW_FILE)."
 _STORAGES = {
-    "FloatStorage": np.float32,
-    "HalfStorage": np.float16,
-    "BFloat16Storage": ml_dtypes.bfloat16,
-    "LongStorage": np.int64,
-    "IntStorage": np.int32,
+    "FloatStorage": np.dtype(np.float32),
+    "HalfStorage": np.dtype(np.float16),
+    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "LongStorage": np.dtype(np.int64),
+    "IntStorage": np.dtype(np.int32),
 }
 
 
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: Any, archive: zipfile.ZipFile, root: str) -> None:
-        super().__init__(file)
-        self._archive, self._root = archive, root
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies in an archive. `offset` and `strides` count elements of the storage `entry`."""
 
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("collections", "OrderedDict"):
-            return collections.OrderedDict
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _rebuild
-        if module == "torch" and name in _STORAGES:
-            return _STORAGES[name]
-        raise CheckpointError(
-            f"the pickle asks for {module}.{name}, which a file of tensors does not need; it is refused."
-        )
-
-    def persistent_load(self, pid: Any) -> np.ndarray:
-        _, dtype, key, _, _ = pid
-        return np.frombuffer(self._archive.read(f"{self._root}/data/{key}"), dtype)
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    file: Path
+    entry: str
+    offset: int
+    strides: tuple[int, ...]
 
 
-def _rebuild(storage: np.ndarray, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> np.ndarray:
-    flat = storage[offset:]
-    last = sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
-    if min(shape, default=1) < 0 or min(stride, default=0) < 0 or (0 not in shape and last >= len(flat)):
-        raise CheckpointError(
-            f"a tensor of shape {shape} and strides {stride} does not fit its storage of {len(flat)}."
-        )
-    steps = tuple(s * flat.itemsize for s in stride)
-    return np.lib.stride_tricks.as_strided(flat, shape, steps, writeable=False).copy()
-
-
-def load(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a state dict by name.
+def scan(path: Path) -> dict[str, Stored]:
+    """Describes the tensors of a state dict by name, without reading any.
 
     Raises:
       CheckpointError: not a zip archive of `torch.save`, a damaged one, or a pickle with anything but tensors in it.
     """
-    remedy = "convert it with `safetensors.torch.save_file(torch.load(FILE, weights_only=True), NEW)`."
     if not zipfile.is_zipfile(path):
-        raise CheckpointError(f"{path} is not in the zip format of torch >= 1.6; {remedy}")
-    with zipfile.ZipFile(path) as archive:
-        names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-        if len(names) != 1:
-            raise CheckpointError(f"{path} holds {len(names)} pickles; expected one state dict. Otherwise {remedy}")
-        with archive.open(names[0]) as file:
-            try:
-                state = _Unpickler(file, archive, names[0].removesuffix("/data.pkl")).load()
-            except (pickle.UnpicklingError, KeyError, ValueError, EOFError, TypeError) as error:
-                if isinstance(error, CheckpointError):
-                    raise
-                raise CheckpointError(f"{path} cannot be read as a state dict ({error}); {remedy}") from error
-    if not isinstance(state, dict) or not all(isinstance(v, np.ndarray) for v in state.values()):
-        raise CheckpointError(f"{path} does not hold a plain dict of tensors; {remedy}")
-    return dict(state)
+        raise CheckpointError(f"{path} is not in the zip format of torch >= 1.6; {_REMEDY}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = {info.filename: info for info in archive.infolist()}
+            pickles = [name for name in entries if name.endswith("/data.pkl")]
+            if len(pickles) != 1:
+                raise CheckpointError(f"{path} holds {len(pickles)} pickles, expected one state dict; {_REMEDY}")
+            root = pickles[0].removesuffix("data.pkl")
+            if f"{root}byteorder" in entries and archive.read(f"{root}byteorder") != b"little":
+                raise CheckpointError(f"{path} was written in big-endian byte order; {_REMEDY}")
+            with archive.open(pickles[0]) as file:
+                state = _Unpickler(file).load()
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except Exception as error:  # a damaged or hostile pickle can raise anything
+        raise CheckpointError(f"{path} cannot be read as a state dict ({type(error).__name__}: {error}).") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} holds a {type(state).__name__}, expected a state dict; {_REMEDY}")
+    return {str(name): _stored(name, described, path, root, entries) for name, described in state.items()}
+
+
+def read(tensor: Stored) -> np.ndarray:
+    """The tensor's values, in the file's dtype."""
+    with zipfile.ZipFile(tensor.file) as archive:
+        raw = archive.read(tensor.entry)
+    size = tensor.dtype.itemsize
+    strides = tuple(size * step for step in tensor.strides)
+    return np.ndarray(tensor.shape, tensor.dtype, raw, size * tensor.offset, strides)
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("collections", "OrderedDict"):
+            return collections.OrderedDict
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return _describer()
+        if module == "torch" and name in _STORAGES:
+            return name
+        raise CheckpointError(f"its pickle asks for {module}.{name}, which a dict of tensors does not need: refused.")
+
+    def persistent_load(self, pid: Any) -> Any:
+        return pid  # ("storage", storage type, key, device, number of elements)
+
+
+def _describer() -> Callable[..., tuple[Any, ...]]:
+    # Made anew each time: a pickle can set attributes on whatever find_class gives it.
+    def describe(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> tuple[Any, ...]:
+        return storage, offset, shape, strides
+
+    return describe
+
+
+def _stored(name: str, described: Any, path: Path, root: str, entries: dict[str, zipfile.ZipInfo]) -> Stored:
+    match described:
+        case (("storage", str(kind), str(key), _, int()), int(offset), tuple(shape), tuple(strides)) if (
+            kind in _STORAGES
+            and len(shape) == len(strides)
+            and all(isinstance(n, int) and n >= 0 for n in (offset, *shape, *strides))
+        ):
+            tensor = Stored(shape, _STORAGES[kind], path, f"{root}data/{key}", offset, strides)
+        case _:
+            raise CheckpointError(f"{path}: entry {name!r} is not a tensor; {_REMEDY}")
+    info = entries.get(tensor.entry)
+    # torch.save never compresses; with that, no entry is larger than the file.
+    if info is None or info.compress_type != zipfile.ZIP_STORED:
+        raise CheckpointError(f"{path}: the storage of {name!r} is missing or compressed; is the file complete?")
+    last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
+    held = info.file_size // tensor.dtype.itemsize
+    if math.prod(shape) > held or (0 not in shape and last >= held):
+        raise CheckpointError(
+            f"{path}: {name!r} of shape {shape}, strides {strides} and offset {offset} exceeds its storage of {held}."
+        )
+    return tensor

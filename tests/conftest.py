@@ -1,0 +1,89 @@
+"""Shared models and drafters."""
+
+import importlib.util
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import specjax as sj
+from specjax import params
+from specjax.drafters.base import Proposal
+
+# Parity needs torch, whose CPU build exists for Python 3.11 only; the Makefile says so when it leaves it out.
+collect_ignore = [] if importlib.util.find_spec("transformers") else ["parity"]
+
+
+def tiny_config(vocab: int = 61, **changes) -> sj.ModelConfig:
+    """Two layers, grouped-query attention; every field can be overridden."""
+    shape = {
+        "family": "llama", "vocab_size": vocab, "hidden_size": 16, "intermediate_size": 24, "num_layers": 2,
+        "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "max_positions": 512,
+    }  # fmt: skip
+    return sj.ModelConfig(**(shape | changes))
+
+
+def tiny_model(seed: int = 0, stddev: float = 0.5, **changes) -> sj.Model:
+    """Random weights, large enough that the next token depends on the context."""
+    config = tiny_config(**changes)
+    return sj.Model(params.init(jax.random.key(seed), config, stddev=stddev), config, None)
+
+
+@pytest.fixture(scope="session")
+def model() -> sj.Model:
+    """A tiny Llama."""
+    return tiny_model()
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> sj.Model:
+    """SmolLM2-135M-Instruct, float32."""
+    return sj.load_model("smollm2-135m-instruct")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ScriptedDrafter:
+    """Knows the whole sequence in advance. A node of rank r at depth d holds the true token plus shift[d - 1, r].
+
+    Shift 0 makes it an oracle; no zero anywhere makes it always wrong. Shifts are data, so that all kinds of
+    drafters share one compilation.
+    """
+
+    future: jax.Array  # [S]
+    shift: jax.Array  # [depth, ranks]
+    vocab: jax.Array
+    tree: sj.Tree = field(metadata={"static": True})
+
+    def check(self, config):
+        """Fits every target."""
+
+    def init(self, target, context):
+        """No state."""
+
+    def propose(self, target, state, context, key):
+        """True tokens, shifted."""
+        depths, ranks = self.tree.depths, np.asarray(self.tree.ranks)
+        true = jnp.take(self.future, context.length - 1 + depths, mode="clip")
+        shifted = (true + self.shift[np.maximum(depths - 1, 0), ranks]) % self.vocab
+        return Proposal(jnp.where(depths == 0, context.root, shifted))
+
+    def update(self, state, context, verdict):
+        """No state."""
+
+
+def scripted(model: sj.Model, prompt, tree: sj.Tree, kind: str, length: int = 96, seed: int = 0) -> ScriptedDrafter:
+    """An `oracle`, `wrong` or `random` drafter for what the model would say autoregressively."""
+    told = sj.generate(model, prompt, max_new_tokens=length, eos_token_ids=(), capacity=256).tokens
+    future = np.concatenate([prompt, told])
+    ranks, vocab = max(tree.ranks) + 1, model.config.vocab_size
+    rng = np.random.default_rng(seed)
+    depth = max(tree.max_depth, 1)
+    shift = {
+        "oracle": np.zeros((depth, ranks), int),  # every rank is right, so that the deepest path is, whatever its ranks
+        "wrong": 1 + np.arange(ranks)[None].repeat(depth, 0),
+        "random": np.stack([rng.permutation(ranks + 1)[:ranks] for _ in range(depth)]),
+    }[kind]
+    return ScriptedDrafter(jnp.asarray(future, jnp.int32), jnp.asarray(shift), jnp.int32(vocab), tree)
