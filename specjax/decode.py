@@ -133,7 +133,7 @@ def round_(
 def _cut(
     fresh: Int[Array, "E1"], count: Int[Array, ""], budget: Int[Array, ""], eos: tuple[int, ...]
 ) -> tuple[Int[Array, ""], Bool[Array, ""]]:
-    """How many of the `count` fresh tokens to commit (up to the first EOS, within the budget); whether it ends there."""
+    """How many of the `count` fresh tokens to commit (up to the first EOS, within the budget), and whether it ends."""
     count = jnp.minimum(count, budget)
     stops = jnp.isin(fresh, jnp.asarray(eos, jnp.int32)) & (jnp.arange(fresh.shape[0]) < count)
     hit = jnp.any(stops)

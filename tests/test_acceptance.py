@@ -98,7 +98,9 @@ def test_typical_refuses(setting, message):
         sj.Typical(**setting)
 
 
-@pytest.mark.parametrize(("setting", "message"), [((0.0,), "temperature"), ((1.0, 0), "top_k"), ((1.0, None, 0.0), "top_p")])
+@pytest.mark.parametrize(
+    ("setting", "message"), [((0.0,), "temperature"), ((1.0, 0), "top_k"), ((1.0, None, 0.0), "top_p")]
+)
 def test_sample_refuses(setting, message):
     with pytest.raises(sj.ConfigError, match=message):
         sj.Sample(*setting)

@@ -167,8 +167,8 @@ def test_published_defaults():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"num_heads": 0}, {"num_heads": 2.0}, {"num_heads": True}, {"hidden_size": 0}, {"vocab_size": -1}, {"num_layers": -1},
-     {"projection": "tied"}, {"reduced_vocab_size": 0}, {"reduced_vocab_size": 31}],
+    [{"num_heads": 0}, {"num_heads": 2.0}, {"num_heads": True}, {"hidden_size": 0}, {"vocab_size": -1},
+     {"num_layers": -1}, {"projection": "tied"}, {"reduced_vocab_size": 0}, {"reduced_vocab_size": 31}],
 )  # fmt: skip
 def test_refused_configs(wrong):
     field, value = next(iter(wrong.items()))

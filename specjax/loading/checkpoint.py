@@ -36,8 +36,13 @@ def restore(directory: Path, like: Any) -> Any:
         raise CheckpointError(f"{directory} holds no checkpoint; train first, or name another directory.")
     with ocp.training.Checkpointer(directory.absolute()) as checkpointer:
         try:
-            return checkpointer.load_pytree(step, jax.tree.map(jax.api_util.shaped_abstractify, like))
+            return checkpointer.load_pytree(step, jax.tree.map(_described, like))
         except (ValueError, KeyError) as error:
             raise CheckpointError(
                 f"checkpoint {step} in {directory} does not fit this configuration: {error}"
             ) from error
+
+
+def _described(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+    # With the sharding of the array itself: Orbax aborts the process on the abstract one that JAX would infer.
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)

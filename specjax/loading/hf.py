@@ -40,7 +40,7 @@ def load_hf(directory: str | os.PathLike[str], dtype: DTypeLike) -> tuple[Params
     def ignored(name: str) -> bool:
         # A buffer that old checkpoints hold, a tied head stored twice, and Medusa heads bundled beside their base.
         tied = config.tie_word_embeddings and name == "lm_head.weight"
-        return tied or name.endswith("rotary_emb.inv_freq") or name.startswith("medusa_head.")
+        return tied or name.endswith("rotary_emb.inv_freq") or name.startswith(("medusa_head.", "medusa_heads."))
 
     problems = layout.check(plan, ((t.name, t.shape) for t in found), ignored)
     problems += [

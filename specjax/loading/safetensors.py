@@ -69,6 +69,13 @@ def rows(tensor: Stored, start: int, stop: int) -> np.ndarray:
 
 
 def metadata(path: Path) -> dict[str, str]:
-    """The free-form part of a file's header."""
-    with safe_open(path, "np") as file:
-        return dict(file.metadata() or {})
+    """The free-form part of a file's header.
+
+    Raises:
+      CheckpointError: a file that is damaged or not safetensors.
+    """
+    try:
+        with safe_open(path, "np") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is not readable as safetensors ({error}); is it complete?") from error

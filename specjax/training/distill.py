@@ -1,8 +1,8 @@
 """Self-distillation data: the target answers prompts in batches, and its features are kept as it goes.
 
 A batch is one `vmap` of the decoding round. The features that the heads will read are those the decoding computes
-anyway, so that no second pass over the text is needed. Shards are written atomically and are determined by (seed, shard
-number): a killed run goes on where it stopped.
+anyway, so that no second pass over the text is needed. Shards are written atomically and depend on their number alone:
+a killed run goes on where it stopped.
 """
 
 import dataclasses
@@ -131,7 +131,6 @@ def write_shards(
     prompts_for: Callable[[int], list[str]],
     *,
     max_new_tokens: int,
-    seed: int,
     progress: Callable[[int, int], None] = lambda shard, tokens: None,
 ) -> None:
     """Writes `shard_NNNNN.npz` files of greedy answers; existing shards are kept, so that a killed run resumes.
@@ -146,8 +145,7 @@ def write_shards(
         if path.exists():
             continue
         chats = [_tokenizer(model).apply_chat_template([{"role": "user", "content": m}]) for m in prompts_for(shard)]
-        key = jax.random.fold_in(jax.random.key(seed), shard)
-        made = answer(model, chats, acceptance=Greedy(), max_new_tokens=max_new_tokens, key=key)
+        made = answer(model, chats, acceptance=Greedy(), max_new_tokens=max_new_tokens, key=jax.random.key(0))
         partial = path.with_suffix(".tmp.npz")
         np.savez(partial, tokens=made.tokens, features=made.features.view(np.uint16), lengths=made.lengths)
         partial.replace(path)
@@ -168,6 +166,21 @@ def read_shards(paths: Sequence[Path]) -> Answers:
             loaded.append(Answers(file["tokens"], file["features"].view(ml_dtypes.bfloat16), file["lengths"]))
     fields = [field.name for field in dataclasses.fields(Answers)]
     return Answers(**{name: np.concatenate([getattr(part, name) for part in loaded]) for name in fields})
+
+
+def distinct(answers: Answers, *, without: Answers | None = None) -> Answers:
+    """Each conversation's first occurrence, leaving out those that stand in `without`: no repeats, no leaks."""
+    seen = set() if without is None else {tokens.tobytes() for tokens in _conversations(without)}
+    keep = np.zeros(len(answers.lengths), bool)
+    for i, tokens in enumerate(_conversations(answers)):
+        keep[i] = tokens.tobytes() not in seen
+        seen.add(tokens.tobytes())
+    inside = np.repeat(keep, answers.lengths)
+    return Answers(answers.tokens[inside], answers.features[inside], answers.lengths[keep])
+
+
+def _conversations(answers: Answers) -> list[np.ndarray]:
+    return np.split(answers.tokens, np.cumsum(answers.lengths)[:-1])
 
 
 def _tokenizer(model: Model) -> Tokenizer:

@@ -15,7 +15,7 @@ from specjax.errors import ConfigError
 from specjax.heads import Heads, MedusaConfig, init_heads
 from specjax.loading.heads import save_heads
 from specjax.loading.load import Model, load_model
-from specjax.training.distill import read_shards, user_turns, write_shards
+from specjax.training.distill import distinct, read_shards, user_turns, write_shards
 from specjax.training.seeds import seed_prompts
 from specjax.training.trainer import TrainConfig, dataset, frequent_tokens, train
 
@@ -29,7 +29,8 @@ class Distillation:
     held_out_shards: int = 2  # the first ones; never trained on
     batch_size: int = 96
     max_answer_tokens: int = 192
-    seed: int = 11
+    turn_seed: int = 7  # of the user turns that the model writes
+    prompt_seed: int = 1000  # of the seed prompts
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,8 @@ class FitHeads:
             )
         model = load_model(self.model, dtype=jnp.bfloat16)
         paths = self._distil(model, console)
-        held_out, text = (
-            read_shards(paths[: self.data.held_out_shards]),
-            read_shards(paths[self.data.held_out_shards :]),
-        )
+        text = distinct(read_shards(paths[self.data.held_out_shards :]))
+        held_out = distinct(read_shards(paths[: self.data.held_out_shards]), without=text)
         vocab, size = model.config.vocab_size, self.reduced_vocab_size
         token_map = None if size is None else frequent_tokens(text.tokens, size, vocab)
         shape = MedusaConfig(self.num_heads, model.config.hidden_size, vocab, self.num_layers, "shared", size)
@@ -96,9 +95,9 @@ class FitHeads:
         def prompts_for(shard: int) -> list[str]:
             turns: list[str] = []
             if shard % 2 == 0:
-                key = jax.random.fold_in(jax.random.key(data.seed + 1), shard)
+                key = jax.random.fold_in(jax.random.key(data.turn_seed), shard)
                 turns = user_turns(model, data.batch_size + data.batch_size // 2, key=key)[: data.batch_size]
-            return turns + seed_prompts(data.batch_size - len(turns), seed=1000 * data.seed + shard)
+            return turns + seed_prompts(data.batch_size - len(turns), seed=data.prompt_seed + shard)
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=console) as progress:
@@ -110,7 +109,6 @@ class FitHeads:
                 data.shards,
                 prompts_for,
                 max_new_tokens=data.max_answer_tokens,
-                seed=data.seed,
                 progress=lambda shard, tokens: progress.advance(task),
             )
         return [directory / f"shard_{i:05d}.npz" for i in range(data.shards)]

@@ -1,0 +1,173 @@
+"""Labels, losses, and the trainer from initialisation to a resumed run."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import tiny_model
+
+import specjax as sj
+from specjax.heads import init_heads, project
+from specjax.loading import checkpoint
+from specjax.training.distill import Answers, answer
+from specjax.training.losses import IGNORED, future_labels, head_cross_entropy, label_ranks, reduce_labels
+from specjax.training.trainer import TrainConfig, dataset, evaluate, frequent_tokens, train
+
+
+def test_head_i_is_to_predict_two_plus_i_positions_ahead_of_its_feature():
+    # Feature j predicted token j, so it stands one position before it: head 0 gets token j + 1.
+    labels = future_labels(np.array([10, 11, 12, 13, 20, 21]), np.array([4, 2]), 3)
+    assert labels.tolist() == [
+        [11, 12, 13],
+        [12, 13, IGNORED],
+        [13, IGNORED, IGNORED],
+        [IGNORED] * 3,
+        [21, IGNORED, IGNORED],
+        [IGNORED] * 3,
+    ]
+
+
+def test_reduced_labels():
+    labels = np.array([[3, 7], [IGNORED, 5]])
+    assert reduce_labels(labels, np.array([3, 5, 9]), 12).tolist() == [[0, IGNORED], [IGNORED, 1]]
+    assert frequent_tokens(np.array([4, 4, 4, 2, 2, 9, 1]), 3, 12).tolist() == [1, 2, 4]
+
+
+def test_cross_entropy_and_ranks_by_hand():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(2, 5, 7)).astype(np.float32)
+    labels = np.array([[1, 6], [0, IGNORED], [IGNORED, IGNORED], [3, 2], [6, 6]])
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    for i, loss in enumerate(head_cross_entropy(jnp.asarray(logits), jnp.asarray(labels))):
+        kept = [j for j in range(5) if labels[j, i] != IGNORED]
+        assert float(loss) == pytest.approx(np.mean([-np.log(p[i, j, labels[j, i]]) for j in kept]), rel=1e-5)
+    ranks = np.asarray(label_ranks(jnp.asarray(logits), jnp.asarray(labels)))
+    for i in range(2):
+        for j in range(5):
+            order = np.argsort(-logits[i, j], kind="stable").tolist()
+            assert ranks[i, j] == (-1 if labels[j, i] == IGNORED else order.index(labels[j, i]))
+    assert label_ranks(jnp.zeros((1, 1, 4)), jnp.array([[2]])).tolist() == [[2]]  # ties: lowest id first
+
+
+def test_ignored_positions_have_no_gradient(model):
+    heads = init_heads(sj.MedusaConfig(2, 16, 61), model.params)
+    labels = jnp.array([[5, IGNORED], [IGNORED, IGNORED], [8, 9]])
+
+    def loss(features):
+        return head_cross_entropy(project(heads, None, features), labels).sum()
+
+    grad = jax.grad(loss)(jax.random.normal(jax.random.key(0), (3, 16)))
+    assert float(jnp.abs(grad[1]).max()) == 0.0
+    assert float(jnp.abs(grad[0]).min()) > 0.0
+
+
+@pytest.fixture(scope="module")
+def cyclic():
+    """A model whose next token is a fixed function of the last one, and text of its own."""
+    model = tiny_model(vocab=23, hidden_size=32, num_layers=1)
+    layer = dataclasses.replace(model.params.layers[0], out=jnp.zeros_like(model.params.layers[0].out))
+    model = dataclasses.replace(model, params=dataclasses.replace(model.params, layers=(layer,)))
+    prompts = [[int(t)] for t in np.random.default_rng(0).integers(0, 23, 64)]
+    text = answer(model, prompts, acceptance=sj.Sample(2.0), max_new_tokens=24, key=jax.random.key(0))
+    held = answer(model, prompts, acceptance=sj.Greedy(), max_new_tokens=24, key=jax.random.key(1))
+    return model, text, held
+
+
+def new_heads(model, **changes):
+    shape = {"num_heads": 2, "hidden_size": 32, "vocab_size": 23, "projection": "shared"} | changes
+    return init_heads(sj.MedusaConfig(**shape), model.params)
+
+
+def test_training_makes_drafts_that_are_accepted(cyclic, tmp_path):
+    model, _, held = cyclic
+    heads = new_heads(model)
+    data = dataset(held, heads)
+    trained, log = train(
+        heads, model.params, data, data, TrainConfig(epochs=20, batch_size=64, learning_rate=1e-2), tmp_path
+    )
+    assert log[-1]["loss"][0] < 0.3 * log[1]["loss"][0]
+    for head in range(2):
+        assert log[-1]["accuracy"]["top1"][head] > log[0]["accuracy"]["top1"][head] + 0.3
+    out = sj.generate(model, [3], drafter=sj.MedusaDrafter(trained, sj.Tree.chain(2)), max_new_tokens=40)
+    before = sj.generate(model, [3], drafter=sj.MedusaDrafter(heads, sj.Tree.chain(2)), max_new_tokens=40)
+    assert out.tokens_per_round > max(2.0, before.tokens_per_round)
+    # The same labels one position off teach heads that accept little.
+    shifted = dataclasses.replace(data, labels=np.roll(data.labels, -1, axis=0))
+    wrong, _ = train(
+        heads, model.params, shifted, data, TrainConfig(epochs=20, batch_size=64, learning_rate=1e-2), tmp_path / "x"
+    )
+    off = sj.generate(model, [3], drafter=sj.MedusaDrafter(wrong, sj.Tree.chain(2)), max_new_tokens=40)
+    assert off.tokens_per_round < out.tokens_per_round - 0.5
+
+
+def test_the_heads_at_first_say_what_the_lm_head_says(cyclic):
+    model, _, held = cyclic
+    logits = project(new_heads(model), model.params.unembedding, jnp.asarray(held.features[:5], jnp.float32))
+    lm = jnp.einsum("TD,VD->TV", jnp.asarray(held.features[:5], jnp.float32), model.params.unembedding)
+    for head in logits:
+        np.testing.assert_allclose(head, lm, rtol=1e-5, atol=1e-5)
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(cyclic, tmp_path):
+    model, text, held = cyclic
+    heads = new_heads(model)
+    data, check = dataset(text, heads), dataset(held, heads)
+    config = TrainConfig(epochs=4, batch_size=128)
+
+    class KilledError(Exception):
+        pass
+
+    def kill(record):
+        if record["epoch"] == 2:
+            raise KilledError
+
+    whole, log = train(heads, model.params, data, check, config, tmp_path / "whole")
+    with pytest.raises(KilledError):
+        train(heads, model.params, data, check, config, tmp_path / "cut", report=kill)
+    assert checkpoint.latest(tmp_path / "cut" / "checkpoints") == 2
+    resumed, relog = train(heads, model.params, data, check, config, tmp_path / "cut")
+    assert relog == log
+    for name, value in whole.params.items():
+        np.testing.assert_array_equal(value, resumed.params[name])
+
+
+def test_accuracy_counts_tokens_outside_the_reduced_vocabulary_as_misses(cyclic):
+    model, _, held = cyclic
+    keep = frequent_tokens(held.tokens, 4, 23)
+    shape = sj.MedusaConfig(2, 32, 23, projection="shared", reduced_vocab_size=4)
+    heads = init_heads(shape, model.params, keep)
+    hits = evaluate(heads, model.params, dataset(held, heads), max_rank=4)
+    labels = future_labels(held.tokens, held.lengths, 2)
+    share = [np.isin(labels[labels[:, i] != IGNORED, i], keep).mean() for i in range(2)]
+    np.testing.assert_allclose(
+        hits.sum(1), share, atol=1e-6
+    )  # some rank below 4 is always right, if the token is there
+
+
+def test_refusals(cyclic, tmp_path):
+    model, text, _ = cyclic
+    heads = new_heads(model)
+    data = dataset(text, heads)
+    with pytest.raises(sj.DataError, match="do not fill one batch"):
+        train(heads, model.params, data, data, TrainConfig(batch_size=10**6), tmp_path)
+    with pytest.raises(sj.DataError, match="width 8"):
+        dataset(Answers(text.tokens, text.features[:, :8], text.lengths), heads)
+    with pytest.raises(sj.DataError, match="after its first"):
+        dataset(Answers(text.tokens[:2], text.features[:2], np.array([1, 1])), heads)
+    with pytest.raises(sj.ConfigError, match="epochs"):
+        TrainConfig(epochs=0)
+    with pytest.raises(sj.CheckpointError, match="no checkpoint"):
+        checkpoint.restore(tmp_path / "none", {})
+
+
+def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(cyclic, tmp_path):
+    model, text, _ = cyclic
+    heads = new_heads(model)
+    data = dataset(text, heads)
+    train(heads, model.params, data, data, TrainConfig(epochs=1, batch_size=256), tmp_path)
+    bad = dataclasses.replace(data, features=np.full_like(data.features, np.nan))
+    with pytest.raises(sj.DataError, match="nan"):
+        train(heads, model.params, bad, data, TrainConfig(epochs=2, batch_size=256), tmp_path)
+    assert checkpoint.latest(tmp_path / "checkpoints") == 1
