@@ -160,9 +160,13 @@ def _tree_show(options: argparse.Namespace, rest: list[str]) -> int:
     print(tree.ascii())
     print(f"{tree.size} nodes, depth {tree.max_depth}, {len(tree.leaves)} paths")
     if options.png:
+        from matplotlib.figure import Figure
+
         from specjax.analysis.tree_plot import draw_tree
 
-        draw_tree(tree).figure.savefig(options.png, dpi=130)
+        figure = Figure(figsize=(9, 6), layout="constrained")
+        draw_tree(tree, figure.add_subplot())
+        figure.savefig(options.png, dpi=130)
         print(f"wrote {options.png}")
     return 0
 

@@ -31,7 +31,11 @@ def load_prompts(path: str | Path | None = None) -> list[Prompt]:
             text = Path(path).read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{name} cannot be read ({error}); expected a JSONL file of prompts.") from error
-    lines = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+    lines = [
+        (n, line)
+        for n, line in enumerate(text.split("\n"), 1)  # not splitlines: U+2028 may stand in a string
+        if line.strip()
+    ]
     if not lines:
         raise DataError(f"{name} is empty; expected one JSON object a line.")
     return [_prompt(line, f"{name}:{n}") for n, line in lines]

@@ -49,6 +49,12 @@ def test_malformed_files_are_refused(tmp_path, text, message):
         load_prompts(tmp_path / "p.jsonl")
 
 
+def test_a_line_separator_inside_a_string_is_no_line_break(tmp_path):
+    line = '{"question_id": 1, "category": "c", "turns": ["a\u2028b"]}'
+    (tmp_path / "p.jsonl").write_text(line, "utf-8")
+    assert load_prompts(tmp_path / "p.jsonl")[0].turns == ("a\u2028b",)
+
+
 def test_missing_file():
     with pytest.raises(sj.DataError, match=r"nowhere\.jsonl"):
         load_prompts("nowhere.jsonl")

@@ -1,0 +1,231 @@
+"""Experiments end to end on a tiny real model in a directory: result.json, figures, overrides, refusals."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+from conftest import tiny_config
+
+import specjax as sj
+from specjax import bench, params
+from specjax.analysis.search import choose_tree, expected_tokens, greedy_tree
+from specjax.cli import main
+from specjax.heads import init_heads
+from specjax.loading.heads import save_heads
+from specjax.loading.hf import save_hf
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+)
+HITS = [[0.5, 0.2, 0.1, 0.05], [0.3, 0.2, 0.1, 0.1]]
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """A directory with a tiny Llama, a byte-level tokenizer with a chat template, and heads beside it."""
+    directory = tmp_path_factory.mktemp("model")
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={}, merges=[], byte_fallback=False))
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    config = tiny_config(vocab=256, max_positions=2048)
+    weights = params.init(jax.random.key(0), config, stddev=0.5)
+    save_hf(directory, weights, config)
+    backend.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    heads = init_heads(sj.MedusaConfig(2, 16, 256, projection="shared"), weights)
+    save_heads(directory / "heads" / "heads.safetensors", heads, {"hits": HITS})
+    return directory
+
+
+@pytest.fixture
+def experiment(checkpoint, tmp_path):
+    heads = checkpoint / "heads" / "heads.safetensors"
+    file = tmp_path / "tiny.py"
+    file.write_text(
+        f"""
+from specjax.experiment import DecodeExperiment, Decoding, Method, Prompts
+def get_config():
+    return DecodeExperiment("tiny", {str(checkpoint)!r}, (
+        Method("autoregressive", "float32"),
+        Method("medusa", "float32", {str(heads)!r}, "cartesian:2,1"),
+        Method("medusa_auto", "float32", {str(heads)!r}),
+    ), Prompts(per_category=1), Decoding(max_new_tokens=12), tree_sizes=(2, 4))
+"""
+    )
+    return file
+
+
+def test_run_writes_the_result_and_the_figures(experiment, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["run", str(experiment), "--output-dir", str(out), "--decoding.max-new-tokens", "9"]) == 0
+    result = json.loads((out / "result.json").read_text())
+    assert result["experiment"] == "tiny"
+    assert result["prompts"] == 5
+    assert result["config"]["decoding"]["max_new_tokens"] == 9
+    assert result["environment"]["jax"] == jax.__version__
+    base, medusa, auto = result["methods"]
+    assert "speedup" not in base
+    assert base["tokens_per_round"] == 1.0
+    for method in (medusa, auto):
+        assert method["identical_to_autoregressive"] == {"same": 5, "of": 5}
+        assert method["tokens_per_round"] == pytest.approx(method["accepted_per_round"] + 1)
+        assert 0 < method["speedup"]["min"] <= method["speedup"]["median"] <= method["speedup"]["max"]
+        assert set(method["per_category"]) == {"chat", "code", "translation", "long_context", "math"}
+        assert all(
+            a >= b for a, b in zip(method["acceptance_by_depth"], method["acceptance_by_depth"][1:], strict=False)
+        )
+    assert auto["tree_nodes"] in (2, 4)
+    assert sj.Tree.load(out / "tree_medusa_auto.json").size == auto["tree_nodes"]
+    for figure in ("tokens_per_round", "acceptance_by_depth", "speed"):
+        assert (out / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
+    assert "medusa_auto" in capsys.readouterr().out
+    # A result is never overwritten.
+    assert main(["run", str(experiment), "--output-dir", str(out)]) == 2
+    assert "exists" in capsys.readouterr().err
+
+
+def test_prompts_from_a_file(experiment, tmp_path):
+    prompts = tmp_path / "mine.jsonl"
+    prompts.write_text('{"question_id": 7, "category": "mine", "turns": ["hello there"]}\n')
+    out = tmp_path / "out"
+    assert main(["run", str(experiment), "--prompts", str(prompts), f"--output-dir={out}"]) == 0
+    result = json.loads((out / "result.json").read_text())
+    assert result["prompts"] == 1
+    assert list(result["methods"][1]["per_category"]) == ["mine"]
+
+
+def test_files_that_are_no_experiment(tmp_path, capsys):
+    (tmp_path / "empty.py").write_text("x = 1\n")
+    assert main(["run", str(tmp_path / "empty.py")]) == 2
+    assert "get_config" in capsys.readouterr().err
+    assert main(["run", str(tmp_path / "missing.py")]) == 2
+    assert "missing.py" in capsys.readouterr().err
+
+
+def test_generate_prints_the_text_and_the_statistics(checkpoint, capsys):
+    heads = str(checkpoint / "heads" / "heads.safetensors")
+    command = ["generate", "--model", str(checkpoint), "--prompt", "hi", "--max-new-tokens", "9", "--dtype", "float32"]
+    assert main(command) == 0
+    plain = capsys.readouterr()
+    assert main([*command, "--heads", heads, "--tree", "chain:2"]) == 0
+    drafted = capsys.readouterr()
+    assert plain.out == drafted.out
+    assert "9 tokens" in plain.err
+    assert "rounds" in drafted.err
+    assert main([*command, "--temperature", "1", "--seed", "3"]) == 0
+    one = capsys.readouterr().out
+    assert main([*command, "--temperature", "1", "--seed", "3"]) == 0
+    assert capsys.readouterr().out == one
+    assert main([*command, "--raw", "--typical", "--heads", heads, "--tree", "chain:2"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--heads", "nowhere"], "nowhere"),
+        (["--tree", "chain:x"], "chain:x"),
+        (["--max-new-tokens", "-1"], "-1"),
+        (["--typical"], "--heads"),
+        (["--temperature", "-1"], "temperature"),
+        (["--raw", "--prompt", ""], "at least one"),
+    ],
+)
+def test_generate_refuses_in_one_line(checkpoint, capsys, extra, message):
+    assert main(["generate", "--model", str(checkpoint), "--prompt", "hi", "--max-new-tokens", "4", *extra]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_chat_keeps_the_conversation(checkpoint, monkeypatch, capsys):
+    lines = iter(["hello", "again", "/reset", "x" * 2100, "short", "/exit"])
+    monkeypatch.setattr("builtins.input", lambda *_: next(lines))
+    heads = str(checkpoint / "heads" / "heads.safetensors")
+    command = ["chat", "--model", str(checkpoint), "--heads", heads, "--tree", "chain:2", "--max-new-tokens", "8"]
+    assert main([*command, "--dtype", "float32"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("8 tokens") == 3
+    assert "context of 2048" in " ".join(out.split())
+
+
+def test_trees_are_listed_and_shown(tmp_path, capsys):
+    assert main(["tree", "list"]) == 0
+    assert "mc_sim_7b_63: 64 nodes, depth 4" in capsys.readouterr().out
+    assert main(["tree", "show", "cartesian:2,1", "--png", str(tmp_path / "t.png")]) == 0
+    assert "5 nodes, depth 2, 2 paths" in capsys.readouterr().out
+    assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["tree", "show", "nonsense"]) == 2
+
+
+def test_help_names_every_command():
+    text = subprocess.run(
+        [Path(sys.executable).with_name("specjax"), "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    assert all(name in text for name in ("run", "generate", "chat", "tree"))
+
+
+def test_greedy_tree_is_the_best_tree_under_independence():
+    hits = np.array([[0.4, 0.2, 0.1], [0.5, 0.1, 0.05]])
+    for size in range(1, 8):
+        best = max((expected_tokens(t, hits) for t in all_trees(size)), default=1.0)
+        assert expected_tokens(greedy_tree(hits, size), hits) == pytest.approx(best)
+    with pytest.raises(sj.TreeError, match="14"):
+        greedy_tree(hits, 14)
+
+
+def all_trees(size):
+    """Every tree of `size` nodes over ranks below 3 and depths up to 2."""
+    grown = {frozenset()}
+    everything = [(a,) for a in range(3)] + [(a, b) for a in range(3) for b in range(3)]
+    for _ in range(size - 1):
+        grown = {
+            tree | {path} for tree in grown for path in everything
+            if path not in tree and (len(path) == 1 or path[:-1] in tree)
+        }  # fmt: skip
+    return [sj.Tree.from_paths(sorted(tree, key=lambda p: (len(p), p))) for tree in grown]
+
+
+def test_choose_tree_takes_the_fastest_measured_size(checkpoint):
+    model = sj.load_model(checkpoint)
+    heads = sj.load_heads(checkpoint / "heads" / "heads.safetensors", model.config)
+    choice = choose_tree(model, heads, np.array(HITS), [1, 2, 3], sizes=(2, 3, 5), rounds=4)
+    assert [row["nodes"] for row in choice.rows] == [2, 3, 5]
+    fastest = max(choice.rows, key=lambda row: row["expected_tokens_per_second"])
+    assert choice.tree.size == fastest["nodes"]
+    for row in choice.rows:
+        assert row["expected_tokens_per_second"] == pytest.approx(
+            1e3 * row["expected_tokens"] / row["milliseconds"]["median"]
+        )
+
+
+def test_compare_refuses(checkpoint):
+    model = sj.load_model(checkpoint)
+    plain = bench.Contender("ar", model)
+    request = bench.Request((1, 2), "c")
+    with pytest.raises(sj.DataError, match="no prompts"):
+        bench.compare([plain], [], max_new_tokens=4)
+    with pytest.raises(sj.ConfigError, match="max_new_tokens is 1"):
+        bench.compare([plain], [request], max_new_tokens=1)
+    heads = sj.load_heads(checkpoint / "heads" / "heads.safetensors", model.config)
+    alone = bench.Contender("medusa", model, sj.MedusaDrafter(heads, sj.Tree.chain(1)))
+    with pytest.raises(sj.ConfigError, match="no autoregressive"):
+        bench.compare([alone], [request], max_new_tokens=4)
+
+
+def test_the_gap_is_that_of_the_two_best_logits(checkpoint):
+    model = sj.load_model(checkpoint)
+    from specjax.model import forward, unembed
+
+    ids = [5, 9, 200]
+    logits = np.sort(unembed(model.params, forward(model.params, model.config, jnp.array(ids)).features)[-1])
+    assert bench._top_gap(model, ids) == pytest.approx(float(logits[-1] - logits[-2]), abs=1e-5)
+    assert math.isfinite(bench._top_gap(model, ids * 50))
