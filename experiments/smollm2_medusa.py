@@ -25,4 +25,5 @@ def get_config() -> DecodeExperiment:
         ),
         prompts=Prompts(per_category=4),
         decoding=Decoding(max_new_tokens=64),
+        tree_sizes=(2, 4, 6, 8, 12, 16),
     )
