@@ -18,10 +18,10 @@ what other text gives (below). Accuracy of heads 1 to 4:
     4   0.405 0.247 0.183 0.140   0.584 0.390 0.305 0.249   0.655 0.456 0.371 0.315
     5   0.408 0.247 0.183 0.141   0.587 0.392 0.307 0.250   0.658 0.461 0.371 0.316
 
-On the 50 shipped prompts (128 greedy tokens) head 1 is right for .27 of the positions, not .41: the text is too little and
-too narrow, not the optimiser's fault. Tokens per round there, for greedy trees of 8 and 16 nodes: 1.53 and 1.62; heads from
-the first 180,000 tokens of the same data (two epochs) gave 1.49 and 1.59. A larger draft vocabulary does not help (12,288
-to 49,152 tokens: 1.52 to 1.49 at 8 nodes).
+On the 50 shipped prompts (128 greedy tokens) head 1 is right for .27 of the positions, not .41: the text is too little
+and too narrow. Tokens per round there, for greedy trees of 8 and 16 nodes: 1.53 and 1.62; heads from the first 180,000
+tokens of the same data (two epochs) gave 1.49 and 1.59. A larger draft vocabulary does not help (12,288 to 49,152:
+1.52 to 1.49 at 8 nodes).
 """
 
 from specjax.training.fit import Distillation, FitHeads
