@@ -154,16 +154,14 @@ class DecodeExperiment:
 def decode_table(result: dict[str, Any]) -> Table:
     """The terminal table of a decode result."""
     table = Table(title=f"{result['experiment']}: {result['prompts']} prompts, {result['environment']['device']}")
-    for column in ("method", "dtype", "nodes", "tokens/round", "accepted/round", "tokens/s", "speed-up", "identical"):
-        table.add_column(column, justify="left" if column in ("method", "dtype") else "right")
+    for column in ("method", "nodes", "tokens/round\n(accepted)", "tokens/s", "speed-up", "same\noutput"):
+        table.add_column(column, justify="left" if column == "method" else "right")
     for m in result["methods"]:
         speed, same = m.get("speedup"), m.get("identical_to_autoregressive")
         table.add_row(
-            m["name"],
-            m["dtype"],
+            f"{m['name']}\n{m['dtype']}",
             str(m["tree_nodes"]),
-            f"{m['tokens_per_round']:.2f}",
-            f"{m['accepted_per_round']:.2f}",
+            f"{m['tokens_per_round']:.2f}\n({m['accepted_per_round']:.2f})",
             _cell(m["tokens_per_second"], ".1f"),
             _cell(speed, ".2f") if speed else "",
             f"{same['same']}/{same['of']}" if same else "",
@@ -175,7 +173,7 @@ def decode_table(result: dict[str, Any]) -> Table:
 
 
 def _cell(spread: dict[str, float], form: str) -> str:
-    return f"{spread['median']:{form}} ({spread['min']:{form}}-{spread['max']:{form}})"
+    return f"{spread['median']:{form}}\n({spread['min']:{form}}-{spread['max']:{form}})"
 
 
 def _progress(console: Console) -> Progress:
