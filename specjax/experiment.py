@@ -155,7 +155,7 @@ def decode_table(result: dict[str, Any]) -> Table:
     """The terminal table of a decode result."""
     table = Table(title=f"{result['experiment']}: {result['prompts']} prompts, {result['environment']['device']}")
     for column in ("method", "nodes", "tokens/round\n(accepted)", "tokens/s", "speed-up", "same\noutput"):
-        table.add_column(column, justify="left" if column == "method" else "right")
+        table.add_column(column, justify="left" if column == "method" else "right", overflow="fold")
     for m in result["methods"]:
         speed, same = m.get("speedup"), m.get("identical_to_autoregressive")
         table.add_row(

@@ -1,0 +1,40 @@
+"""Streaming detokenisation."""
+
+import numpy as np
+import pytest
+import tokenizers
+
+from specjax.chat import TextStream
+from specjax.loading.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def bytewise():
+    """One token per byte, so that characters are spread over tokens."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    return Tokenizer(backend)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_pieces_add_up_to_the_whole_text_however_it_is_cut(bytewise, seed):
+    rng = np.random.default_rng(seed)
+    text = "".join(rng.choice(list("ab \n0é€漢🙂\ufffdß"), 40))
+    ids = bytewise.encode(text)
+    cuts = np.sort(rng.integers(0, len(ids) + 1, 12))
+    stream = TextStream(bytewise)
+    pieces = [stream.push(part) for part in np.split(np.array(ids), cuts)]
+    assert "".join(pieces) + stream.finish() == text == bytewise.decode(ids)
+
+
+def test_an_incomplete_character_is_held_back_and_shown_at_the_end(bytewise):
+    ids = bytewise.encode("a🙂")
+    stream = TextStream(bytewise)
+    assert stream.push(ids[:3]) == "a"
+    assert stream.push(ids[3:]) == "🙂"
+    assert stream.finish() == ""
+    cut = TextStream(bytewise)
+    assert cut.push(ids[:3]) == "a"
+    assert "a" + cut.finish() == bytewise.decode(ids[:3])
