@@ -28,8 +28,24 @@ class Verdict:
     next_token: Int[Array, ""]
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Proposal:
+    """A filled tree. `tokens[0]` is the root; `NO_DRAFT` marks a node without a guess, which is never accepted.
+
+    `log_q[m]` is the law that node m's token was drawn from, given its earlier siblings (natural logarithm, over the
+    target's vocabulary; row 0 is unused). None means a deterministic proposal: every law is one-hot.
+    """
+
+    tokens: Int[Array, "M"]
+    log_q: Float[Array, "M V"] | None = None
+
+
+NO_DRAFT = -1
+
+
 class Acceptance(Protocol):
-    """`(logits [M V], tokens [M], tree, key) -> Verdict`, pure; `lossless`: the target's law is preserved."""
+    """`(logits [M V], proposal, tree, key) -> Verdict`, pure; `lossless`: the target's law is preserved."""
 
     lossless: ClassVar[bool]
 
@@ -38,7 +54,7 @@ class Acceptance(Protocol):
         """Whether the rule draws random numbers."""
         ...
 
-    def __call__(self, logits: Float[Array, "M V"], tokens: Int[Array, "M"], tree: Tree, key: jax.Array) -> Verdict: ...
+    def __call__(self, logits: Float[Array, "M V"], proposal: Proposal, tree: Tree, key: jax.Array) -> Verdict: ...
 
 
 def top_token(logits: Float[Array, "*T V"]) -> Int[Array, "*T"]:
@@ -77,17 +93,23 @@ class Greedy:
         """False: nothing is drawn."""
         return False
 
-    def __call__(self, logits: Float[Array, "M V"], tokens: Int[Array, "M"], tree: Tree, key: jax.Array) -> Verdict:
-        return _follow(top_token(logits), tokens, tree)
+    def __call__(self, logits: Float[Array, "M V"], proposal: Proposal, tree: Tree, key: jax.Array) -> Verdict:
+        return _follow(top_token(logits), proposal.tokens, tree)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Lossless sampling from the warped target, for deterministic proposals (distinct siblings, one-hot q).
+    """Lossless sampling from the warped target, for every proposal and topology.
 
-    Walking the siblings, accepting x with probability p(x) and renormalising after each rejection accepts child x with
-    probability p(x) in all, and otherwise draws from p without the children. So does drawing once from p at every node
-    and following the child that was drawn: the same law, vectorised, and exact by construction.
+    Deterministic proposals: walking the siblings, accepting x with probability p(x) and renormalising after each
+    rejection accepts child x with probability p(x) in all, and otherwise draws from p without the children. So does
+    drawing once from p at every node and following the child that was drawn: the same law, exact by construction. Nodes
+    of one depth share their random numbers, so that nodes of equal context (a hybrid may propose a path twice) choose
+    alike; only one path is followed, hence the law of what is committed does not change.
+
+    Stochastic proposals (`log_q`): speculative sampling from sibling to sibling (Leviathan et al. 2023; without
+    replacement: Sequoia, Chen et al. 2024). Child x ~ q is accepted with probability min(1, p(x) / q(x)); after a
+    rejection p becomes norm(max(0, p - q)); when no sibling is left the token comes from what remains of p.
 
     Raises:
       ConfigError: a parameter outside its range.
@@ -106,9 +128,36 @@ class Sample:
         """True."""
         return True
 
-    def __call__(self, logits: Float[Array, "M V"], tokens: Int[Array, "M"], tree: Tree, key: jax.Array) -> Verdict:
+    def __call__(self, logits: Float[Array, "M V"], proposal: Proposal, tree: Tree, key: jax.Array) -> Verdict:
         warped = warp(logits, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
-        return _follow(jax.random.categorical(key, warped).astype(jnp.int32), tokens, tree)
+        if proposal.log_q is None or tree.max_depth == 0:
+            noise = jax.random.gumbel(key, (tree.max_depth + 1, warped.shape[-1]))
+            return _follow(top_token(warped + noise[tree.depths]), proposal.tokens, tree)
+        return _walk_siblings(jax.nn.softmax(warped, axis=-1), proposal.tokens, jnp.exp(proposal.log_q), tree, key)
+
+
+def _walk_siblings(
+    p: Float[Array, "M V"], tokens: Int[Array, "M"], q: Float[Array, "M V"], tree: Tree, key: jax.Array
+) -> Verdict:
+    # Every node judges its children as if the walk came by, all nodes at once; the path through them is read off after.
+    uniform_key, bonus_key = jax.random.split(key)
+    uniform = jax.random.uniform(uniform_key, tokens.shape)
+    chosen = jnp.full(tokens.shape, -1)  # the child that each node goes on to
+    for child in tree.child_table.T:  # the first children of all nodes, then the second ones, ...
+        there = jnp.asarray(child >= 0) & (tokens[child] != NO_DRAFT) & (chosen < 0)
+        x = jnp.maximum(tokens[child], 0)[:, None]
+        p_x, q_x = (jnp.take_along_axis(law, x, axis=1)[:, 0] for law in (p, q[child]))
+        accepted = there & (uniform[child] * q_x < p_x)
+        residual = jnp.maximum(p - q[child], 0.0)
+        mass = jnp.sum(residual, axis=1, keepdims=True)
+        # No mass is left only where p equals q, and there nothing is rejected but by rounding: p may stay.
+        rejected = there & ~accepted
+        p = jnp.where(rejected[:, None] & (mass > 0), residual / jnp.where(mass > 0, mass, 1.0), p)
+        chosen = jnp.where(accepted, child, chosen)
+    passes = chosen[_parents(tree)] == jnp.arange(tree.size)
+    node = _deepest(_on_accepted_path(passes, tree), tree)
+    bonus = jax.random.categorical(bonus_key, jnp.log(p[node])).astype(jnp.int32)
+    return Verdict(node, jnp.asarray(tree.depths)[node], bonus)
 
 
 @dataclass(frozen=True)
@@ -148,7 +197,8 @@ class Typical:
         """Whether a PRNG key is consumed."""
         return self.bonus == "sample"
 
-    def __call__(self, logits: Float[Array, "M V"], tokens: Int[Array, "M"], tree: Tree, key: jax.Array) -> Verdict:
+    def __call__(self, logits: Float[Array, "M V"], proposal: Proposal, tree: Tree, key: jax.Array) -> Verdict:
+        tokens = proposal.tokens
         log_p = jax.nn.log_softmax(logits / self.temperature, axis=-1)
         p = jnp.exp(log_p)
         bar = self.delta * jnp.exp(jnp.sum(p * jnp.log(p + 1e-5), axis=-1))
@@ -158,7 +208,7 @@ class Typical:
             passes = jnp.exp(drafted) > jnp.minimum(self.epsilon, bar)[parents]
         else:
             passes = jnp.exp(drafted) >= jnp.maximum(self.epsilon, bar)[parents]
-        accepted = _on_accepted_path(passes, tree)
+        accepted = _on_accepted_path(passes & (tokens != NO_DRAFT), tree)
         depths, ancestors = jnp.asarray(tree.depths), jnp.asarray(tree.ancestors)
         longest = accepted & (depths == jnp.max(jnp.where(accepted, depths, 0)))
         score = jnp.sum(jnp.where(ancestors, drafted.at[0].set(0.0), 0.0), axis=1)

@@ -18,12 +18,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from specjax import cache as kv
-from specjax.acceptance import Acceptance, Greedy
+from specjax.acceptance import Acceptance, Greedy, Proposal
 from specjax.config import ModelConfig
 from specjax.drafters.base import Context, Drafter, NoDrafter
 from specjax.errors import PromptError
 from specjax.loading.load import Model
-from specjax.model import forward, unembed
+from specjax.model import forward, read, unembed
 from specjax.params import Params
 from specjax.tree import Tree
 
@@ -100,14 +100,15 @@ def round_(
     tree = drafter.tree
     key, draft_key, accept_key = jax.random.split(state.key, 3)
     with jax.named_scope("draft"):
-        drafted = drafter.propose(params, state.draft, state.context, draft_key).tokens
+        proposal = drafter.propose(params, state.draft, state.context, draft_key)
+        drafted = jnp.maximum(proposal.tokens, 0)  # a node without a draft holds any token; no rule accepts it
     with jax.named_scope("verify"):
         out = forward(
             params, config, drafted, cache=state.cache, positions=state.cache.length + tree.depths, mask=tree.ancestors
         )
         logits = unembed(params, out.features)
     with jax.named_scope("accept"):
-        verdict = acceptance(logits, drafted, tree, accept_key)
+        verdict = acceptance(logits, proposal, tree, accept_key)
     with jax.named_scope("commit"):
         path = jnp.asarray(tree.node_paths)[verdict.node]
         steps = jnp.arange(path.shape[0])
@@ -159,19 +160,10 @@ def start(
       prompt_length: the prompt's length, at least 1.
       limit: the length (prompt included) at which decoding ends, above `prompt_length`.
     """
-    cache = kv.zeros(config, tokens.shape[0])
-
-    def chunk(carry: tuple[kv.KVCache, Float[Array, "D"]]) -> tuple[kv.KVCache, Float[Array, "D"]]:
-        cache, _ = carry
-        out = forward(params, config, jax.lax.dynamic_slice(tokens, (cache.length,), (PREFILL_CHUNK,)), cache=cache)
-        count = jnp.minimum(PREFILL_CHUNK, prompt_length - cache.length)
-        return kv.write(cache, out.rows, count), out.features[count - 1]
-
     with jax.named_scope("prefill"):
-        first = (cache, jnp.zeros((config.hidden_size,), jnp.float32))
-        cache, features = jax.lax.while_loop(lambda carry: carry[0].length < prompt_length, chunk, first)
+        features, cache = read(params, config, tokens, prompt_length, chunk=PREFILL_CHUNK)
     key, accept_key = jax.random.split(key)
-    root = acceptance(unembed(params, features[None]), tokens[:1], Tree.chain(0), accept_key).next_token
+    root = acceptance(unembed(params, features[None]), Proposal(tokens[:1]), Tree.chain(0), accept_key).next_token
     one = jnp.int32(1)
     _, finished = _cut(root[None], one, limit - prompt_length, eos)
     state = State(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from specjax.cache import KVCache, Rows
+from specjax.cache import KVCache, Rows, write, zeros
 from specjax.config import ModelConfig
 from specjax.params import Layer, Params
 
@@ -206,3 +206,21 @@ def forward(
             tapped[i] = x
     features = rms_norm(x, params.final_norm, config.rms_norm_eps)
     return Output(features, Rows(tuple(ks), tuple(vs)), tuple(tapped[i] for i in taps))
+
+
+def read(
+    params: Params, config: ModelConfig, tokens: Int[Array, "S"], length: Int[Array, ""], *, chunk: int
+) -> tuple[Float[Array, "D"], KVCache]:
+    """Reads `tokens[:length]` (at least one) into a fresh cache of S slots; gives the last one's feature and the cache.
+
+    It goes `chunk` tokens at a time, S being a multiple of it, so that one compiled step serves every length.
+    """
+
+    def step(carry: tuple[Float[Array, "D"], KVCache]) -> tuple[Float[Array, "D"], KVCache]:
+        _, cache = carry
+        out = forward(params, config, jax.lax.dynamic_slice(tokens, (cache.length,), (chunk,)), cache=cache)
+        count = jnp.minimum(chunk, length - cache.length)
+        return out.features[count - 1], write(cache, out.rows, count)
+
+    first = (jnp.zeros((config.hidden_size,), jnp.float32), zeros(config, tokens.shape[0]))
+    return jax.lax.while_loop(lambda carry: carry[1].length < length, step, first)

@@ -10,7 +10,7 @@ import pytest
 
 import specjax as sj
 from specjax import params
-from specjax.drafters.base import Proposal
+from specjax.acceptance import Proposal
 
 # Parity needs torch, whose CPU build exists for Python 3.11 only; the Makefile says so when it leaves it out.
 collect_ignore = [] if importlib.util.find_spec("transformers") else ["parity"]

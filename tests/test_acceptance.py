@@ -11,7 +11,7 @@ from conftest import ScriptedDrafter, tiny_model
 
 import specjax as sj
 from specjax import decode, reference
-from specjax.acceptance import top_token
+from specjax.acceptance import Proposal, top_token
 from specjax.model import forward, unembed
 
 TREES = [sj.Tree.chain(3), sj.Tree.cartesian((3, 2)), sj.Tree.preset("mc_sim_7b_63"), sj.Tree.chain(0)]
@@ -49,7 +49,7 @@ def test_rules_equal_the_oracle(tree, rule):
         setting = {"temperature": 0.8, "epsilon": 0.2, "delta": 0.6, "rule": rule}
         ours, judge = sj.Typical(**setting), reference.typical(**setting)
     vocab, depths_seen = 40, set()
-    call = jax.jit(lambda logits, tokens: ours(logits, tokens, tree, jax.random.key(0)))
+    call = jax.jit(lambda logits, tokens: ours(logits, Proposal(tokens), tree, jax.random.key(0)))
     for seed in range(25):
         rng = np.random.default_rng(seed)
         logits = rng.normal(size=(tree.size, vocab)).astype(np.float32) * 2
@@ -80,7 +80,7 @@ def test_typical_by_hand():
 
     def accepted(token, **setting):
         rule = sj.Typical(temperature=1.0, **setting)
-        return int(rule(logits, jnp.array([0, token]), tree, key).accepted)
+        return int(rule(logits, Proposal(jnp.array([0, token])), tree, key).accepted)
 
     assert accepted(2) == 1  # .2 > min(.09, .107)
     assert accepted(2, epsilon=0.25, delta=0.6) == 0  # .2 < min(.25, .214)
@@ -182,11 +182,13 @@ def test_sampling_keeps_the_joint_law(mock, tree, acceptance):
 class KeepsRejected(sj.Sample):
     """A mutant: after a rejection the rejected draft stays (the Rust system's error)."""
 
-    def __call__(self, logits, tokens, tree, key):
+    def __call__(self, logits, proposal, tree, key):
         """Right, but for the token it commits."""
-        right = super().__call__(logits, tokens, tree, key)
+        right = super().__call__(logits, proposal, tree, key)
         child = jnp.asarray([min(c, default=n) for n, c in enumerate(tree.children)])[right.node]
-        return dataclasses.replace(right, next_token=jnp.where(child == right.node, right.next_token, tokens[child]))
+        return dataclasses.replace(
+            right, next_token=jnp.where(child == right.node, right.next_token, proposal.tokens[child])
+        )
 
 
 def test_a_broken_rule_fails_the_same_test(mock):

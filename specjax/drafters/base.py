@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from specjax.acceptance import Verdict
+from specjax.acceptance import Proposal, Verdict
 from specjax.config import ModelConfig
 from specjax.params import Params
 from specjax.tree import Tree
@@ -30,15 +30,6 @@ class Context:
     def root(self) -> Int[Array, ""]:
         """The newest committed token."""
         return self.tokens[self.length - 1]
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Proposal:
-    """A filled tree. `tokens[0]` is the root. `log_q` None means a deterministic (one-hot) proposal."""
-
-    tokens: Int[Array, "M"]
-    log_q: Float[Array, "M V"] | None = None
 
 
 class Drafter(Protocol):

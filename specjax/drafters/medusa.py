@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from specjax.acceptance import Verdict
+from specjax.acceptance import Proposal, Verdict
 from specjax.config import ModelConfig
-from specjax.drafters.base import Context, Proposal
+from specjax.drafters.base import Context
 from specjax.errors import ConfigError, TreeError
 from specjax.heads import Heads, draft_projection, top_tokens
 from specjax.params import Params
