@@ -5,8 +5,11 @@ A target model is a pure function, a draft is a static tree, a round is one jitt
 
 from specjax.acceptance import Greedy, Sample, Typical
 from specjax.config import ModelConfig
-from specjax.decode import Generation, Round, generate, stream
+from specjax.decode import Generation, Round, generate, generate_batch, stream
+from specjax.drafters.draft_model import DraftModelDrafter
+from specjax.drafters.hybrid import HybridDrafter
 from specjax.drafters.medusa import MedusaDrafter
+from specjax.drafters.ngram import NgramDrafter
 from specjax.errors import (
     CheckpointError,
     ConfigError,
@@ -26,13 +29,16 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "DraftModelDrafter",
     "Generation",
     "Greedy",
     "Heads",
+    "HybridDrafter",
     "MedusaConfig",
     "MedusaDrafter",
     "Model",
     "ModelConfig",
+    "NgramDrafter",
     "PromptError",
     "Round",
     "Sample",
@@ -41,6 +47,7 @@ __all__ = [
     "TreeError",
     "Typical",
     "generate",
+    "generate_batch",
     "load_heads",
     "load_model",
     "save_heads",

@@ -112,7 +112,7 @@ def compare(
             )
     depth = max(c.drafter.tree.max_depth for c in contenders)
     longest = max(len(r.ids) for r in requests)
-    capacity = -(-(longest + max_new_tokens + depth) // decode.PREFILL_CHUNK) * decode.PREFILL_CHUNK
+    capacity = decode.capacity_for(longest, max_new_tokens, depth)
     once = functools.partial(_run, max_new_tokens=max_new_tokens, capacity=capacity)
     compile_seconds = []
     for contender in contenders:

@@ -23,11 +23,9 @@ from specjax.config import ModelConfig
 from specjax.drafters.base import Context, Drafter, NoDrafter
 from specjax.errors import PromptError
 from specjax.loading.load import Model
-from specjax.model import forward, read, unembed
+from specjax.model import PREFILL_CHUNK, forward, read, unembed
 from specjax.params import Params
 from specjax.tree import Tree
-
-PREFILL_CHUNK = 64  # prompt tokens per prefill step: one compiled step serves prompts of every length
 
 
 @jax.tree_util.register_dataclass
@@ -161,7 +159,7 @@ def start(
       limit: the length (prompt included) at which decoding ends, above `prompt_length`.
     """
     with jax.named_scope("prefill"):
-        features, cache = read(params, config, tokens, prompt_length, chunk=PREFILL_CHUNK)
+        features, cache = read(params, config, tokens, prompt_length)
     key, accept_key = jax.random.split(key)
     root = acceptance(unembed(params, features[None]), Proposal(tokens[:1]), Tree.chain(0), accept_key).next_token
     one = jnp.int32(1)
@@ -217,7 +215,7 @@ def prefill(
     prompt = _check_prompt(prompt_ids, model.config)
     if max_new_tokens < 1:
         raise PromptError(f"max_new_tokens is {max_new_tokens}; a prefill commits one token already.")
-    drafter.check(model.config)
+    drafter.check(model)
     if acceptance.needs_key and key is None:
         raise PromptError(f"{acceptance} draws random numbers; pass key=jax.random.key(seed).")
     slots = _capacity(len(prompt), max_new_tokens, drafter.tree, model.config, capacity)
@@ -301,6 +299,84 @@ def generate(
     return summarise(decode(model, state, drafter=drafter, acceptance=acceptance, eos_token_ids=eos_token_ids))
 
 
+@functools.partial(jax.jit, static_argnames=_STATIC)
+def _batch(
+    params: Params,
+    config: ModelConfig,
+    drafter: Drafter,
+    acceptance: Acceptance,
+    eos: tuple[int, ...],
+    tokens: Int[Array, "B S"],
+    lengths: Int[Array, "B"],
+    max_new: Int[Array, ""],
+    keys: jax.Array,
+) -> State:
+    plan = (params, config, drafter, acceptance, eos)
+    state = jax.vmap(functools.partial(start, *plan))(tokens, lengths, lengths + max_new, keys)
+    # One condition for the whole batch: with one per member, vmap would copy every cache at every step.
+    step = jax.vmap(functools.partial(round_, *plan))
+    return jax.lax.while_loop(lambda state: ~jnp.all(state.finished), step, state)
+
+
+def generate_batch(
+    model: Model,
+    prompts: Sequence[Sequence[int] | np.ndarray],
+    *,
+    drafter: Drafter | None = None,
+    acceptance: Acceptance | None = None,
+    max_new_tokens: int = 128,
+    keys: jax.Array | None = None,
+    eos_token_ids: Sequence[int] | None = None,
+    capacity: int | None = None,
+) -> list[Generation]:
+    """`generate` for prompts of any lengths at once, by `vmap`: each member gets what it would get alone.
+
+    A batch takes as many rounds as its slowest member. The arguments are `generate`'s, but for:
+
+    Args:
+      prompts: token ids, at least one prompt.
+      keys: one PRNG key per prompt [B], `jax.random.split(key, B)`; needed by rules that sample.
+
+    Raises:
+      PromptError: no prompts, another number of keys, or what `generate` refuses about any of them.
+      SpecJaxError: whatever `drafter.check` finds.
+    """
+    drafter, acceptance = drafter or NoDrafter(), acceptance or Greedy()
+    checked = [_check_prompt(prompt, model.config) for prompt in prompts]
+    if not checked:
+        raise PromptError("there are no prompts; pass at least one.")
+    if max_new_tokens < 0:
+        raise PromptError(f"max_new_tokens is {max_new_tokens}; expected 0 or more.")
+    if max_new_tokens == 0:
+        return [Generation(np.zeros(0, np.int32), np.zeros(0, np.int32)) for _ in checked]
+    drafter.check(model)
+    if acceptance.needs_key and (keys is None or keys.shape != (len(checked),)):
+        given = None if keys is None else keys.shape
+        raise PromptError(
+            f"{acceptance} draws random numbers for {len(checked)} prompts, keys have shape {given}; pass "
+            f"keys=jax.random.split(jax.random.key(seed), {len(checked)})."
+        )
+    longest = max(map(len, checked))
+    tokens = np.zeros(
+        (len(checked), _capacity(longest, max_new_tokens, drafter.tree, model.config, capacity)), np.int32
+    )
+    for row, prompt in zip(tokens, checked, strict=True):
+        row[: len(prompt)] = prompt
+    state = _batch(
+        model.params,
+        model.config,
+        drafter,
+        acceptance,
+        _eos(model.config, eos_token_ids),
+        jnp.asarray(tokens),
+        jnp.array([len(prompt) for prompt in checked], jnp.int32),
+        jnp.int32(max_new_tokens),
+        jax.random.split(jax.random.key(0), len(checked)) if keys is None else keys,
+    )
+    slim = dataclasses.replace(state, cache=None, draft=None, features=None, key=None)  # type: ignore[arg-type]
+    return [summarise(jax.tree.map(lambda leaf, i=i: leaf[i], slim)) for i in range(len(checked))]
+
+
 def stream(
     model: Model,
     prompt_ids: Sequence[int] | np.ndarray,
@@ -358,14 +434,22 @@ def _check_prompt(prompt_ids: Sequence[int] | np.ndarray, config: ModelConfig) -
     return prompt.astype(np.int32)
 
 
+def capacity_for(prompt: int, new: int, depth: int) -> int:
+    """The fewest cache slots for `prompt` + `new` tokens and a tree of `depth`, in whole prefill chunks.
+
+    A round writes a whole path at once, so that slots past the last token must exist: `depth` of them, and one more,
+    because a draft model's cache is a token ahead and goes on writing while others of its batch are unfinished.
+    """
+    return math.ceil((prompt + new + depth + 1) / PREFILL_CHUNK) * PREFILL_CHUNK
+
+
 def _capacity(prompt: int, new: int, tree: Tree, config: ModelConfig, asked: int | None) -> int:
     if prompt + new > config.max_positions:
         raise PromptError(
             f"{prompt} prompt tokens and max_new_tokens {new} exceed the model's context of {config.max_positions}; "
             "shorten the prompt or lower max_new_tokens."
         )
-    # A round writes a whole path at once, so that up to max_depth slots past the last token must exist.
-    needed = math.ceil((prompt + new + tree.max_depth) / PREFILL_CHUNK) * PREFILL_CHUNK
+    needed = capacity_for(prompt, new, tree.max_depth)
     if asked is None:
         return max(128, 1 << (needed - 1).bit_length())
     if asked < needed or asked % PREFILL_CHUNK:

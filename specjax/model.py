@@ -16,6 +16,7 @@ from specjax.cache import KVCache, Rows, write, zeros
 from specjax.config import ModelConfig
 from specjax.params import Layer, Params
 
+PREFILL_CHUNK = 64  # prompt tokens per prefill step: one compiled step serves prompts of every length
 NEG_INF = -1e30  # a finite stand-in: a fully masked row stays free of NaN
 
 
@@ -209,17 +210,17 @@ def forward(
 
 
 def read(
-    params: Params, config: ModelConfig, tokens: Int[Array, "S"], length: Int[Array, ""], *, chunk: int
+    params: Params, config: ModelConfig, tokens: Int[Array, "S"], length: Int[Array, ""]
 ) -> tuple[Float[Array, "D"], KVCache]:
     """Reads `tokens[:length]` (at least one) into a fresh cache of S slots; gives the last one's feature and the cache.
 
-    It goes `chunk` tokens at a time, S being a multiple of it, so that one compiled step serves every length.
+    It goes `PREFILL_CHUNK` tokens at a time, S being a multiple of it, so that one compiled step serves every length.
     """
 
     def step(carry: tuple[Float[Array, "D"], KVCache]) -> tuple[Float[Array, "D"], KVCache]:
         _, cache = carry
-        out = forward(params, config, jax.lax.dynamic_slice(tokens, (cache.length,), (chunk,)), cache=cache)
-        count = jnp.minimum(chunk, length - cache.length)
+        out = forward(params, config, jax.lax.dynamic_slice(tokens, (cache.length,), (PREFILL_CHUNK,)), cache=cache)
+        count = jnp.minimum(PREFILL_CHUNK, length - cache.length)
         return out.features[count - 1], write(cache, out.rows, count)
 
     first = (jnp.zeros((config.hidden_size,), jnp.float32), zeros(config, tokens.shape[0]))

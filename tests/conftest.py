@@ -1,5 +1,6 @@
 """Shared models and drafters."""
 
+import dataclasses
 import importlib.util
 from dataclasses import dataclass, field
 
@@ -11,6 +12,7 @@ import pytest
 import specjax as sj
 from specjax import params
 from specjax.acceptance import Proposal
+from specjax.heads import init_heads
 
 # Parity needs torch, whose CPU build exists for Python 3.11 only; the Makefile says so when it leaves it out.
 collect_ignore = [] if importlib.util.find_spec("transformers") else ["parity"]
@@ -41,6 +43,14 @@ def model() -> sj.Model:
 def smollm2() -> sj.Model:
     """SmolLM2-135M-Instruct, float32."""
     return sj.load_model("smollm2-135m-instruct")
+
+
+def noisy_heads(model: sj.Model, heads: int, seed: int = 1) -> sj.Heads:
+    """Heads that start from the LM head and are disturbed: sometimes right."""
+    made = init_heads(sj.MedusaConfig(heads, model.config.hidden_size, model.config.vocab_size), model.params)
+    keys = jax.random.split(jax.random.key(seed), len(made.params))
+    noisy = {n: v + 0.3 * jax.random.normal(k, v.shape) for k, (n, v) in zip(keys, made.params.items(), strict=True)}
+    return dataclasses.replace(made, params=noisy)
 
 
 @jax.tree_util.register_dataclass

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import scripted, tiny_model
+from conftest import noisy_heads, scripted, tiny_model
 
 import specjax as sj
 from specjax import cache as kv
 from specjax import decode, reference
 from specjax.drafters.base import NoDrafter
-from specjax.heads import draft_projection, init_heads, top_tokens
+from specjax.heads import draft_projection, top_tokens
 from specjax.model import forward
 
 PROMPT = np.array([7, 3, 50, 11, 4])
@@ -24,13 +24,6 @@ TREES = [sj.Tree.preset(name) for name in sj.Tree.presets()] + [
     sj.Tree.cartesian((3, 1, 2)),
     sj.Tree.from_paths([(0,), (2,), (2, 1), (2, 1, 0)]),
 ]
-
-
-def random_heads(model: sj.Model, heads: int, seed: int = 1) -> sj.Heads:
-    made = init_heads(sj.MedusaConfig(heads, model.config.hidden_size, model.config.vocab_size), model.params)
-    keys = jax.random.split(jax.random.key(seed), len(made.params))
-    noisy = {n: v + 0.3 * jax.random.normal(k, v.shape) for k, (n, v) in zip(keys, made.params.items(), strict=True)}
-    return dataclasses.replace(made, params=noisy)
 
 
 @pytest.mark.parametrize("tree", TREES, ids=lambda t: t.name or "paths")
@@ -44,7 +37,7 @@ def test_greedy_output_is_autoregressive(model, tree):
         if kind == "wrong":
             assert out.tokens_per_round == 1.0
             assert out.accepted_per_round == 0.0
-    drafter = sj.MedusaDrafter(random_heads(model, 5), tree)
+    drafter = sj.MedusaDrafter(noisy_heads(model, 5), tree)
     np.testing.assert_array_equal(
         sj.generate(model, PROMPT, drafter=drafter, max_new_tokens=40, capacity=256).tokens, base.tokens
     )
@@ -62,7 +55,7 @@ def test_greedy_output_is_autoregressive_for_other_architectures(changes):
 
 
 def test_loop_equals_the_path_by_path_oracle(model):
-    tree, heads = sj.Tree.cartesian((3, 2)), random_heads(model, 2)
+    tree, heads = sj.Tree.cartesian((3, 2)), noisy_heads(model, 2)
     projection = draft_projection(heads, model.params.unembedding)
 
     def propose(context, features):
@@ -190,7 +183,7 @@ def test_bad_requests(model):
         sj.generate(model, PROMPT, max_new_tokens=-3)
     with pytest.raises(sj.PromptError, match="key"):
         sj.generate(model, PROMPT, acceptance=sj.Sample())
-    heads = random_heads(model, 2)
+    heads = noisy_heads(model, 2)
     with pytest.raises(sj.TreeError, match="3 deep"):
         sj.generate(model, PROMPT, drafter=sj.MedusaDrafter(heads, sj.Tree.chain(3)))
     with pytest.raises(sj.TreeError, match="62"):
@@ -224,7 +217,7 @@ def test_one_trace_whatever_the_prompt_and_the_budget(model):
     for n, budget in ((1, 9), (17, 40), (64, 3), (65, 20), (100, 25)):
         prompt = rng.integers(0, 61, n)
         # An equal tree made anew must not retrace either.
-        drafter = sj.MedusaDrafter(random_heads(model, 3), sj.Tree.cartesian((2, 2, 1)))
+        drafter = sj.MedusaDrafter(noisy_heads(model, 3), sj.Tree.cartesian((2, 2, 1)))
         plan = (model.params, model.config, drafter, sj.Greedy(), ())
         tokens = jnp.zeros(192, jnp.int32).at[:n].set(prompt)
         state = begun(*plan, tokens, jnp.int32(n), jnp.int32(n + budget), jax.random.key(0))
@@ -233,7 +226,7 @@ def test_one_trace_whatever_the_prompt_and_the_budget(model):
 
 
 def test_public_entry_points_compile_once(model):
-    request = {"drafter": sj.MedusaDrafter(random_heads(model, 2), sj.Tree.cartesian((4, 1))), "capacity": 192}
+    request = {"drafter": sj.MedusaDrafter(noisy_heads(model, 2), sj.Tree.cartesian((4, 1))), "capacity": 192}
     sj.generate(model, PROMPT, max_new_tokens=5, **request)
     before = (decode._start._cache_size(), decode._loop._cache_size())
     for n in (1, 30, 90):
@@ -244,7 +237,7 @@ def test_public_entry_points_compile_once(model):
 def test_vmapped_rounds_give_each_prompt_what_it_gets_alone(model):
     rng = np.random.default_rng(5)
     prompts = [rng.integers(0, 61, n) for n in (1, 6, 30, 64)]
-    tree, heads = sj.Tree.cartesian((2, 2)), random_heads(model, 2)
+    tree, heads = sj.Tree.cartesian((2, 2)), noisy_heads(model, 2)
     drafter = sj.MedusaDrafter(heads, tree)
     tokens = np.zeros((4, 128), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):

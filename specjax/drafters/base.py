@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from specjax.acceptance import Proposal, Verdict
-from specjax.config import ModelConfig
+from specjax.loading.load import Model
 from specjax.params import Params
 from specjax.tree import Tree
 
@@ -43,7 +43,7 @@ class Drafter(Protocol):
         """The topology that `propose` fills (static)."""
         ...
 
-    def check(self, config: ModelConfig) -> None:
+    def check(self, target: Model) -> None:
         """Raises a `SpecJaxError` when this drafter cannot draft for that target. Called before tracing."""
 
     def init(self, target: Params, context: Context) -> Any:
@@ -67,7 +67,7 @@ class NoDrafter:
         """The root alone."""
         return Tree.chain(0)
 
-    def check(self, config: ModelConfig) -> None:
+    def check(self, target: Model) -> None:
         """Fits every target."""
 
     def init(self, target: Params, context: Context) -> None:

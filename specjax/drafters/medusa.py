@@ -8,10 +8,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from specjax.acceptance import Proposal, Verdict
-from specjax.config import ModelConfig
 from specjax.drafters.base import Context
 from specjax.errors import ConfigError, TreeError
 from specjax.heads import Heads, draft_projection, top_tokens
+from specjax.loading.load import Model
 from specjax.params import Params
 from specjax.tree import Tree
 
@@ -24,14 +24,14 @@ class MedusaDrafter:
     heads: Heads
     tree: Tree = field(metadata={"static": True})
 
-    def check(self, config: ModelConfig) -> None:
+    def check(self, target: Model) -> None:
         """Checks that heads, tree and target fit each other.
 
         Raises:
           ConfigError: heads of another width or vocabulary than the target's.
           TreeError: a tree deeper than there are heads, or wider than the vocabulary.
         """
-        heads = self.heads.config
+        heads, config = self.heads.config, target.config
         if (heads.hidden_size, heads.vocab_size) != (config.hidden_size, config.vocab_size):
             raise ConfigError(
                 f"the heads are for hidden size {heads.hidden_size} and vocabulary {heads.vocab_size}, the target has "

@@ -24,6 +24,7 @@ from specjax.drafters.base import NoDrafter
 from specjax.errors import DataError
 from specjax.loading.load import Model
 from specjax.loading.tokenizer import Tokenizer
+from specjax.model import PREFILL_CHUNK
 from specjax.params import Params
 
 
@@ -89,7 +90,7 @@ def answer(
     if not prompts:
         raise DataError("there are no prompts to answer; pass at least one.")
     longest = max(map(len, prompts))
-    chunk = decode.PREFILL_CHUNK
+    chunk = PREFILL_CHUNK
     tokens = np.zeros((len(prompts), -(-(longest + max_new_tokens) // chunk) * chunk), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt

@@ -1,0 +1,189 @@
+"""A draft model (Leviathan et al. 2023; Chen et al. 2023): a small decoder drafts chains or, with siblings, trees."""
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from specjax import cache as kv
+from specjax.acceptance import NO_DRAFT, Proposal, Verdict
+from specjax.drafters.base import Context
+from specjax.errors import ConfigError, TreeError
+from specjax.loading.load import Model
+from specjax.model import forward, read, unembed
+from specjax.params import Params
+from specjax.sampling import check, warp
+from specjax.tree import Tree
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DraftState:
+    """The draft model after every committed token, the root included (unlike the target, which has yet to read it)."""
+
+    cache: kv.KVCache
+    features: Float[Array, "D"]  # at the root
+    to_draft: Int[Array, "V"]  # target id -> draft id
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DraftModelDrafter:
+    """Any Llama or Qwen2 as a drafter, with a cache of its own.
+
+    At temperature 0 a node of rank r holds its parent's r-th best token: a deterministic proposal. Above, siblings are
+    drawn without replacement from the draft's warped distribution (Gumbel top-k), in the order of their ranks, and the
+    proposal carries their laws. Every temperature is lossless under `Sample`, whatever the target's; equal ones accept
+    most.
+
+    Attributes:
+      draft: the model.
+      tree: the topology (static); a round costs `tree.max_depth` forwards of the draft.
+      temperature, top_k, top_p: how the draft samples (static).
+      token_map: target id of every draft id [Vd], for drafts of a reduced vocabulary; -1 marks the row as which all
+        other tokens are read. None: ids mean the same in both, up to the smaller vocabulary's end.
+
+    Raises:
+      ConfigError: a sampling parameter outside its range, or a token map of another length than the draft's vocabulary.
+    """
+
+    draft: Model
+    tree: Tree = field(metadata={"static": True})
+    temperature: float = field(default=0.0, metadata={"static": True})
+    top_k: int | None = field(default=None, metadata={"static": True})
+    top_p: float = field(default=1.0, metadata={"static": True})
+    token_map: Int[Array, "Vd"] | None = None
+
+    def __post_init__(self) -> None:
+        check(self.temperature or 1.0, self.top_k, self.top_p)
+
+    def check(self, target: Model) -> None:
+        """Checks that draft and target speak of the same tokens.
+
+        Raises:
+          ConfigError: vocabularies that differ in more than padding at the end, or a token map that does not fit.
+          TreeError: more siblings than the draft has tokens.
+        """
+        size, wanted = self.draft.config.vocab_size, target.config.vocab_size
+        if self.token_map is not None:
+            ids = np.asarray(self.token_map)
+            proposed = ids[ids >= 0]
+            if ids.shape != (size,) or len(set(proposed.tolist())) != len(proposed) or (proposed >= wanted).any():
+                raise ConfigError(
+                    f"the token map has shape {ids.shape} and ids up to {ids.max(initial=-1)}; expected one distinct "
+                    f"target id below {wanted} for each of the draft's {size} tokens, or -1."
+                )
+            if len(proposed) < wanted and (ids < 0).sum() != 1:
+                raise ConfigError(
+                    f"the token map names {len(proposed)} of the target's {wanted} tokens and has "
+                    f"{(ids < 0).sum()} entries of -1; expected exactly one, the row that stands for all others."
+                )
+        else:
+            self._check_tokenizers(target)
+        if self.tree.child_table.shape[1] > min(size, wanted) or max(self.tree.ranks) >= min(size, wanted):
+            raise TreeError(
+                f"the tree asks for more siblings than the draft's vocabulary of {min(size, wanted)} holds."
+            )
+
+    def _check_tokenizers(self, target: Model) -> None:
+        mine, theirs = self.draft.tokenizer, target.tokenizer
+        sizes = f"{self.draft.config.vocab_size} and {target.config.vocab_size}"
+        if mine is not None and theirs is not None:
+            differing = set(mine.backend.get_vocab().items()) ^ set(theirs.backend.get_vocab().items())
+            if differing:
+                token, number = min(differing, key=lambda pair: pair[1])
+                raise ConfigError(
+                    f"draft and target have different tokenizers: {len(differing)} entries differ, the first is token "
+                    f"{token!r} with id {number}. Draft with a model of the target's family, or give a token_map."
+                )
+        elif self.draft.config.vocab_size != target.config.vocab_size:
+            raise ConfigError(
+                f"the vocabularies of draft and target have {sizes} entries, and without both tokenizers nobody can "
+                "tell whether they differ in padding alone; load both with their tokenizers, or give a token_map."
+            )
+
+    def init(self, target: Params, context: Context) -> DraftState:
+        """Reads the prompt and the root."""
+        size, wanted = self.draft.config.vocab_size, target.unembedding.shape[0]
+        if self.token_map is None:
+            to_draft = jnp.minimum(jnp.arange(wanted), size - 1)
+        else:
+            rows, ids = jnp.arange(size), self.token_map
+            other = jnp.max(jnp.where(ids < 0, rows, 0))
+            to_draft = jnp.full(wanted, other).at[jnp.where(ids < 0, wanted, ids)].set(rows, mode="drop")
+        tokens = jnp.take(to_draft, context.tokens, mode="clip")
+        features, cache = read(self.draft.params, self.draft.config, tokens, context.length)
+        return DraftState(cache, features, to_draft)
+
+    def propose(self, target: Params, state: DraftState, context: Context, key: jax.Array) -> Proposal:
+        """Depth by depth: the draft reads the nodes so far, each sees its ancestors, and their children are chosen."""
+        tree, wanted = self.tree, target.unembedding.shape[0]
+        tokens = jnp.full(tree.size, NO_DRAFT).at[0].set(context.root)
+        log_q = jnp.full((tree.size, wanted), -jnp.inf)
+        features = state.features[None]
+        for depth in range(tree.max_depth):
+            level = np.flatnonzero(tree.depths == depth)
+            if depth:
+                # The root is in the cache; everything below it is read anew, which for a small tree costs one forward.
+                read_so_far = slice(1, int(level[-1]) + 1)
+                out = forward(
+                    self.draft.params,
+                    self.draft.config,
+                    jnp.take(state.to_draft, jnp.maximum(tokens[read_so_far], 0), mode="clip"),
+                    cache=state.cache,
+                    positions=state.cache.length + tree.depths[read_so_far] - 1,
+                    mask=tree.ancestors[read_so_far, read_so_far],
+                )
+                features = out.features[level - 1]
+            chosen, laws = self._children(features, wanted, jax.random.fold_in(key, depth), level)
+            for order in range(max(len(tree.children[node]) for node in level)):
+                child = tree.child_table[level, order]
+                real = child >= 0
+                rank = order if self.temperature else np.asarray(tree.ranks)[child[real]]
+                token = chosen[np.flatnonzero(real), rank]
+                # A node without a draft has no children either.
+                token = jnp.where(tokens[level[real]] == NO_DRAFT, NO_DRAFT, token)
+                tokens = tokens.at[child[real]].set(token)
+                if self.temperature:
+                    log_q = log_q.at[child[real]].set(laws[order][real])
+        return Proposal(tokens, log_q if self.temperature else None)
+
+    def _children(
+        self, features: Float[Array, "n D"], wanted: int, key: jax.Array, level: np.ndarray
+    ) -> tuple[Int[Array, "n k"], list[Float[Array, "n V"]]]:
+        logits = self._target_logits(features, wanted)
+        below = self.tree.child_table[level]
+        if not self.temperature:
+            count = 1 + max((self.tree.ranks[n] for n in below[below >= 0]), default=0)
+            return jax.lax.top_k(logits, count)[1].astype(jnp.int32), []
+        count = int((below >= 0).sum(axis=1).max())
+        logits = warp(logits, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
+        best, chosen = jax.lax.top_k(logits + jax.random.gumbel(key, logits.shape), count)
+        chosen = jnp.where(best == -jnp.inf, NO_DRAFT, chosen.astype(jnp.int32))  # fewer possible tokens than siblings
+        laws = []
+        for order in range(count):
+            laws.append(jax.nn.log_softmax(logits, axis=-1))
+            taken = jnp.arange(wanted) == chosen[:, order, None]
+            logits = jnp.where(taken, -jnp.inf, logits)
+        return chosen, laws
+
+    def _target_logits(self, features: Float[Array, "n D"], wanted: int) -> Float[Array, "n V"]:
+        # Over the target's vocabulary; what the draft cannot say is impossible.
+        logits = unembed(self.draft.params, features)
+        if self.token_map is not None:
+            places = jnp.where(self.token_map < 0, wanted, self.token_map)
+            return jnp.full((len(features), wanted), -jnp.inf).at[:, places].set(logits, mode="drop")
+        common = logits[:, :wanted]
+        return jnp.pad(common, ((0, 0), (0, wanted - common.shape[1])), constant_values=-jnp.inf)
+
+    def update(self, state: DraftState, context: Context, verdict: Verdict) -> DraftState:
+        """Reads the newly committed tokens. The window is as long as a round can be; what lies past them is garbage."""
+        window = state.cache.length + jnp.arange(self.tree.max_depth + 1)
+        tokens = jnp.take(state.to_draft, jnp.take(context.tokens, window, mode="clip"), mode="clip")
+        out = forward(self.draft.params, self.draft.config, tokens, cache=state.cache)
+        count = context.length - state.cache.length
+        # A finished state of a batch commits nothing, and keeps its feature.
+        features = jnp.where(count > 0, out.features[jnp.maximum(count - 1, 0)], state.features)
+        return DraftState(kv.write(state.cache, out.rows, count), features, state.to_draft)

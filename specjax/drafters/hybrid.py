@@ -1,0 +1,88 @@
+"""Hybrid drafting: one static tree whose branches come from different drafters."""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from specjax.acceptance import NO_DRAFT, Proposal, Verdict
+from specjax.drafters.base import Context, Drafter
+from specjax.errors import ConfigError
+from specjax.loading.load import Model
+from specjax.params import Params
+from specjax.tree import Tree
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class HybridDrafter:
+    """The parts' trees side by side below one root, for instance an n-gram chain beside a Medusa tree.
+
+    Siblings are tried part by part. Two parts may propose the same path; under every acceptance rule the output stays
+    what it is without them.
+
+    Raises:
+      ConfigError: no parts.
+    """
+
+    parts: tuple[Drafter, ...]
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            raise ConfigError("a hybrid has no parts; give at least one drafter.")
+
+    @property
+    def tree(self) -> Tree:
+        """The merged topology: each part keeps its shape, its ranks at depth 1 come after those of the parts before."""
+        return _merge(tuple(part.tree for part in self.parts))[0]
+
+    def check(self, target: Model) -> None:
+        """Whatever the parts raise."""
+        for part in self.parts:
+            part.check(target)
+
+    def init(self, target: Params, context: Context) -> tuple[Any, ...]:
+        """The parts' states."""
+        return tuple(part.init(target, context) for part in self.parts)
+
+    def propose(self, target: Params, state: tuple[Any, ...], context: Context, key: jax.Array) -> Proposal:
+        """Every part fills its branches. Beside sampled ones, deterministic drafts are drawn from one-hot laws."""
+        tree, places = _merge(tuple(part.tree for part in self.parts))
+        keys = jax.random.split(key, len(self.parts))
+        proposals = [p.propose(target, s, context, k) for p, s, k in zip(self.parts, state, keys, strict=True)]
+        tokens = jnp.full(tree.size, NO_DRAFT)
+        for place, proposal in zip(places, proposals, strict=True):
+            tokens = tokens.at[place].set(proposal.tokens)
+        if all(proposal.log_q is None for proposal in proposals):
+            return Proposal(tokens)
+        log_q = jnp.full((tree.size, target.unembedding.shape[0]), -jnp.inf)
+        for place, proposal in zip(places, proposals, strict=True):
+            log_q = log_q.at[place].set(_laws(proposal, log_q.shape[1]))
+        return Proposal(tokens, log_q)
+
+    def update(self, state: tuple[Any, ...], context: Context, verdict: Verdict) -> tuple[Any, ...]:
+        """Every part learns what was committed; `verdict.node` counts the merged tree's nodes."""
+        return tuple(part.update(s, context, verdict) for part, s in zip(self.parts, state, strict=True))
+
+
+def _laws(proposal: Proposal, vocab: int) -> Float[Array, "M V"]:
+    if proposal.log_q is not None:
+        return proposal.log_q
+    return jnp.where(jnp.arange(vocab) == proposal.tokens[:, None], 0.0, -jnp.inf)
+
+
+@functools.lru_cache(maxsize=64)
+def _merge(trees: tuple[Tree, ...]) -> tuple[Tree, tuple[np.ndarray, ...]]:
+    """The merged tree and, for every part, where its nodes stand in it."""
+    paths: list[list[tuple[int, ...]]] = []
+    offset = 0
+    for tree in trees:
+        paths.append([(path[0] + offset, *path[1:]) for path in tree.rank_paths])
+        offset += tree.max_rank_by_depth[0] if tree.max_depth else 0
+    merged = Tree.from_paths([path for part in paths for path in part], name="+".join(t.name or "tree" for t in trees))
+    node = {path: i + 1 for i, path in enumerate(merged.rank_paths)}
+    return merged, tuple(np.array([0, *(node[path] for path in part)], np.int32) for part in paths)

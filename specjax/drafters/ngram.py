@@ -1,0 +1,93 @@
+"""N-gram drafting (prompt lookup, Saxena 2023; LLMA, Yang et al. 2023): the text so far proposes how it goes on.
+
+No weights and no host: matches are found by comparing the token buffer with itself, in static shapes.
+"""
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from specjax.acceptance import NO_DRAFT, Proposal, Verdict
+from specjax.drafters.base import Context
+from specjax.errors import ConfigError
+from specjax.loading.load import Model
+from specjax.params import Params
+from specjax.tree import Tree
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class NgramDrafter:
+    """A node of rank r holds the r-th best continuation of its parent's context; a deterministic proposal.
+
+    Continuations are what followed earlier occurrences of the context's last tokens, in the prompt or in the generated
+    text: those after the longest match first, the most recent of them first, each token once. A node whose context
+    occurs nowhere, or continues in too few ways, stays without a draft.
+
+    Attributes:
+      tree: the topology (static); a chain copies one earlier passage.
+      max_n: matches are compared up to this many tokens back from the root.
+      min_n: shorter matches propose nothing.
+
+    Raises:
+      ConfigError: not 1 <= min_n <= max_n.
+    """
+
+    tree: Tree = field(metadata={"static": True})
+    max_n: int = field(default=3, metadata={"static": True})
+    min_n: int = field(default=1, metadata={"static": True})
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_n <= self.max_n:
+            raise ConfigError(f"min_n is {self.min_n} and max_n {self.max_n}; expected 1 <= min_n <= max_n.")
+
+    def check(self, target: Model) -> None:
+        """Fits every target."""
+
+    def init(self, target: Params, context: Context) -> None:
+        """No state: the token buffer is all it reads."""
+
+    def propose(self, target: Params, state: None, context: Context, key: jax.Array) -> Proposal:
+        """Looks the newest tokens up in what stands before them, then each draft below its parent's matches."""
+        tree, text, last = self.tree, context.tokens, context.length - 1
+        slots = jnp.arange(text.shape[0])
+        follower = jnp.roll(text, -1)  # follower[j] came after text[j]
+        drafts = [jnp.reshape(context.root, (1,))]
+        matched = self._matches(text, last)[None]  # [n S]: for the n nodes of a level, the match that ends at slot j
+        for depth in range(1, tree.max_depth + 1):
+            nodes = np.flatnonzero(tree.depths == depth)
+            above = np.array([tree.parents[n] for n in nodes]) - np.flatnonzero(tree.depths == depth - 1)[0]
+            candidates = self._distinct(matched, follower, tree.max_rank_by_depth[depth - 1])
+            drafted = candidates[above, np.array([tree.ranks[n] for n in nodes])]
+            drafts.append(drafted)
+            # A match goes on where the draft came next; elsewhere one of length 1 may begin.
+            before = jnp.where(slots > 0, jnp.roll(matched[above], 1, axis=1), 0)
+            matched = jnp.where((text == drafted[:, None]) & (slots < last), before + 1, 0)
+        return Proposal(jnp.concatenate(drafts))
+
+    def update(self, state: None, context: Context, verdict: Verdict) -> None:
+        """No state."""
+
+    def _matches(self, text: Int[Array, "S"], last: Int[Array, ""]) -> Int[Array, "S"]:
+        # How many tokens, up to max_n, agree with the newest ones when compared backwards from slot j < last.
+        slots = jnp.arange(text.shape[0])
+        running, length = slots < last, jnp.zeros(text.shape[0], jnp.int32)
+        for back in range(self.max_n):
+            running &= (jnp.roll(text, back) == jnp.take(text, last - back, mode="clip")) & (slots >= back)
+            length += running
+        return length
+
+    def _distinct(self, matched: Int[Array, "n S"], follower: Int[Array, "S"], count: int) -> Int[Array, "n count"]:
+        # The longest match wins, then the most recent; its follower's other occurrences are out for the next rank.
+        size = matched.shape[1]
+        score = jnp.where(matched >= self.min_n, matched * size + jnp.arange(size), -1)
+        picked = []
+        for _ in range(count):
+            best, at = jnp.max(score, axis=1), jnp.argmax(score, axis=1)
+            token = jnp.where(best >= 0, follower[at], NO_DRAFT)
+            picked.append(token)
+            score = jnp.where(follower == token[:, None], -1, score)
+        return jnp.stack(picked, axis=1)

@@ -1,0 +1,188 @@
+"""The draft model as a drafter: its cache, its vocabulary, its drafts."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import tiny_model
+
+import specjax as sj
+from specjax import decode
+from specjax.drafters.base import Context
+from specjax.model import forward, unembed
+
+PROMPT = np.array([7, 3, 50, 11, 4])
+TREE = sj.Tree.from_paths([(0,), (1,), (0, 0), (0, 2), (1, 0), (0, 0, 0)])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_both_caches_hold_exactly_the_committed_tokens(temperature):
+    model, draft = tiny_model(0, 0.3), tiny_model(9, 0.3, num_layers=1, family="qwen2", qkv_bias=True)
+    read_anew = jax.jit(forward, static_argnums=1)
+    drafter = sj.DraftModelDrafter(draft, TREE, temperature)
+    acceptance = sj.Sample() if temperature else sj.Greedy()
+    step = jax.jit(decode.round_, static_argnames=("config", "acceptance", "eos"))
+    state = decode.prefill(
+        model, PROMPT, drafter=drafter, acceptance=acceptance, max_new_tokens=30, key=jax.random.key(2)
+    )
+    while True:
+        for cache, owner, length in (
+            (state.cache, model, int(state.length) - 1),
+            (state.draft.cache, draft, int(state.length)),
+        ):
+            assert int(cache.length) == length
+            fresh = read_anew(owner.params, owner.config, state.tokens)  # causal: what lies behind does not matter
+            for mine, theirs in zip(cache.k, fresh.rows.k, strict=True):
+                np.testing.assert_allclose(mine[:, :, :length], theirs[:, :, :length], atol=1e-5)
+            for mine, theirs in zip(cache.v, fresh.rows.v, strict=True):
+                np.testing.assert_allclose(mine[:, :length], theirs[:, :length], atol=1e-5)
+        np.testing.assert_allclose(state.draft.features, fresh.features[length - 1], atol=1e-5)
+        if state.finished:
+            break
+        state = step(model.params, model.config, drafter, acceptance, (), state)
+    assert int(state.length) == len(PROMPT) + 30
+
+
+def path_to(tree, node):
+    return tree.node_paths[node][: tree.depths[node] + 1]
+
+
+def propose(drafter, target, key=0):
+    tokens = jnp.zeros(64, jnp.int32).at[: len(PROMPT)].set(PROMPT)
+    context = Context(tokens, jnp.int32(len(PROMPT)), jnp.zeros(target.config.hidden_size))
+    state = jax.jit(drafter.init)(target.params, context)
+    return jax.jit(drafter.propose)(target.params, state, context, jax.random.key(key))
+
+
+def test_greedy_drafts_are_the_best_tokens_after_each_path(model):
+    draft = tiny_model(9)
+    tokens = np.asarray(propose(sj.DraftModelDrafter(draft, TREE), model).tokens)
+    for node in range(1, TREE.size):
+        before = [*PROMPT[:-1], *tokens[path_to(TREE, TREE.parents[node])]]
+        logits = unembed(draft.params, forward(draft.params, draft.config, jnp.asarray(before)).features[-1:])[0]
+        assert tokens[node] == np.argsort(-np.asarray(logits), kind="stable")[TREE.ranks[node]]
+
+
+def test_sampled_drafts_carry_the_laws_they_were_drawn_from(model):
+    draft = tiny_model(9)
+    drafter = sj.DraftModelDrafter(draft, TREE, 0.8, top_k=9)
+    out = propose(drafter, model)
+    tokens, q = np.asarray(out.tokens), np.exp(np.asarray(out.log_q))
+    for parent, below in enumerate(TREE.children):
+        before = [*PROMPT[:-1], *tokens[path_to(TREE, parent)]]
+        logits = unembed(draft.params, forward(draft.params, draft.config, jnp.asarray(before)).features[-1:])[0]
+        logits = np.asarray(logits, np.float64) / 0.8
+        logits[np.argsort(-logits)[9:]] = -np.inf
+        for node in below:
+            law = np.exp(logits - logits.max())
+            np.testing.assert_allclose(q[node], law / law.sum(), atol=1e-5)
+            logits[tokens[node]] = -np.inf  # drawn without replacement
+        assert len(set(tokens[list(below)])) == len(below)
+
+
+def test_first_sibling_is_drawn_from_the_draft(model):
+    drafter = sj.DraftModelDrafter(tiny_model(9), sj.Tree.chain(1), 1.0)
+    tokens = jnp.zeros(64, jnp.int32).at[: len(PROMPT)].set(PROMPT)
+    context = Context(tokens, jnp.int32(len(PROMPT)), jnp.zeros(model.config.hidden_size))
+    state = jax.jit(drafter.init)(model.params, context)
+    draw = jax.jit(jax.vmap(lambda key: drafter.propose(model.params, state, context, key).tokens[1]))
+    drawn = np.asarray(draw(jax.random.split(jax.random.key(0), 20_000)))
+    q = np.exp(np.asarray(propose(drafter, model).log_q[1]))
+    np.testing.assert_allclose(np.bincount(drawn, minlength=61) / 20_000, q, atol=4 * np.sqrt(0.25 / 20_000))
+
+
+def test_a_model_drafting_for_itself_is_always_right(model):
+    out = sj.generate(model, PROMPT, drafter=sj.DraftModelDrafter(model, sj.Tree.chain(4)), max_new_tokens=41)
+    assert set(out.accepted_lengths) == {4}
+    sampled = sj.generate(
+        model, PROMPT, drafter=sj.DraftModelDrafter(model, sj.Tree.chain(4), 0.9), acceptance=sj.Sample(0.9),
+        max_new_tokens=41, key=jax.random.key(1),
+    )  # fmt: skip
+    assert set(sampled.accepted_lengths) == {4}
+
+
+def relabelled(draft, ids):
+    """The draft over a reduced vocabulary: rows `ids` of its embedding, and the first of all for the other tokens."""
+    embed = jnp.concatenate([draft.params.embed[jnp.asarray(ids)], draft.params.embed[:1]])
+    lm_head = None if draft.params.lm_head is None else jnp.concatenate([draft.params.lm_head[jnp.asarray(ids)]] * 2)
+    params = dataclasses.replace(draft.params, embed=embed, lm_head=lm_head)
+    return sj.Model(params, dataclasses.replace(draft.config, vocab_size=len(ids) + 1), None)
+
+
+def test_a_reduced_vocabulary_drafts_target_ids(model):
+    draft, ids = tiny_model(9, tie_word_embeddings=True), [7, 3, 50, 11, 4, 20, 33]
+    small, token_map = relabelled(draft, ids), jnp.array([*ids, -1])
+    drafter = sj.DraftModelDrafter(small, TREE, token_map=token_map)
+    drafter.check(model)
+    tokens = np.asarray(propose(drafter, model).tokens)
+    assert set(tokens.tolist()) <= set(ids)
+    for node in (1, 2):
+        features = forward(draft.params, draft.config, jnp.asarray(PROMPT)).features[-1:]
+        logits = np.asarray(unembed(draft.params, features)[0])[ids]
+        assert tokens[node] == ids[np.argsort(-logits, kind="stable")[TREE.ranks[node]]]
+    base = sj.generate(model, PROMPT, max_new_tokens=30)
+    out = sj.generate(model, PROMPT, drafter=drafter, max_new_tokens=30)
+    np.testing.assert_array_equal(out.tokens, base.tokens)
+
+
+def test_vocabularies_that_differ_in_padding_work(smollm2):
+    def padded(vocab):
+        return dataclasses.replace(tiny_model(3, vocab=vocab), tokenizer=smollm2.tokenizer)
+
+    larger, smaller = padded(49152 + 128), padded(49152)
+    for target, draft in ((larger, smaller), (smaller, larger)):
+        for temperature in (0.0, 1.0):
+            acceptance = sj.Sample() if temperature else sj.Greedy()
+            drafter = sj.DraftModelDrafter(draft, sj.Tree.cartesian((2, 1)), temperature)
+            request = {"acceptance": acceptance, "max_new_tokens": 12, "key": jax.random.key(0)}
+            out = sj.generate(target, PROMPT, drafter=drafter, **request)
+            assert len(out.tokens) == 12
+            if not temperature:
+                np.testing.assert_array_equal(out.tokens, sj.generate(target, PROMPT, **request).tokens)
+
+
+def test_different_vocabularies_are_refused(smollm2, model):
+    with pytest.raises(sj.ConfigError, match="62 and 61"):
+        sj.generate(model, PROMPT, drafter=sj.DraftModelDrafter(tiny_model(vocab=62), TREE))
+
+    class Renamed:
+        """SmolLM2's tokenizer with two tokens swapped."""
+
+        class backend:
+            @staticmethod
+            def get_vocab():
+                vocab = smollm2.tokenizer.backend.get_vocab()
+                one, two = sorted(vocab, key=vocab.get)[100:102]
+                return vocab | {one: vocab[two], two: vocab[one]}
+
+    draft = dataclasses.replace(tiny_model(vocab=49152), tokenizer=Renamed())
+    target = dataclasses.replace(tiny_model(vocab=49152), tokenizer=smollm2.tokenizer)
+    with pytest.raises(sj.ConfigError, match="id 100"):
+        sj.generate(target, PROMPT, drafter=sj.DraftModelDrafter(draft, TREE))
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"), [([1, 2], "shape"), ([1] * 61, "distinct"), ([*range(60), 99], "below 61"), ([-1, -1], "shape")]
+)
+def test_bad_token_maps_are_refused(model, ids, message):
+    with pytest.raises(sj.ConfigError, match=message):
+        sj.generate(model, PROMPT, drafter=sj.DraftModelDrafter(tiny_model(9), TREE, token_map=jnp.array(ids)))
+
+
+def test_a_map_must_say_how_other_tokens_are_read(model):
+    small = relabelled(tiny_model(9), [1, 2, 3])
+    with pytest.raises(sj.ConfigError, match="stands for all others"):
+        sj.generate(model, PROMPT, drafter=sj.DraftModelDrafter(small, TREE, token_map=jnp.array([1, 2, 3, 4])))
+
+
+def test_more_siblings_than_tokens_are_refused():
+    mock = tiny_model(vocab=3)
+    with pytest.raises(sj.TreeError, match="siblings"):
+        sj.generate(mock, [1], drafter=sj.DraftModelDrafter(mock, sj.Tree.cartesian((4,))))
+
+
+def test_sampling_parameters_are_checked(model):
+    with pytest.raises(sj.ConfigError, match="temperature"):
+        sj.DraftModelDrafter(model, TREE, -1.0)

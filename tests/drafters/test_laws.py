@@ -1,0 +1,216 @@
+"""Losslessness under sampling: the joint law of four consecutive tokens, for every drafter, and mutants that must fail.
+
+The targets are context-dependent and random, so that an error that a single token hides shows in the joint law.
+"""
+
+import dataclasses
+import functools
+import inspect
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import noisy_heads, tiny_model
+
+import specjax as sj
+from specjax import acceptance as rules
+from specjax import decode
+from specjax.model import forward, unembed
+
+LENGTH, RUNS, BATCH, SLOTS = 4, 200_000, 20_000, 64
+SHAPES = {"chain": sj.Tree.chain(3), "branching": sj.Tree.from_paths([(0,), (1,), (0, 0), (0, 1), (1, 0)])}
+SETTINGS = {"T=1": sj.Sample(), "T=0.7, top-p": sj.Sample(0.7, top_p=0.9)}
+
+
+@functools.cache
+def mock(vocab, seed=2):
+    """A target, or with another seed a draft model, over a tiny vocabulary."""
+    return tiny_model(seed, 0.25, vocab=vocab, hidden_size=8, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4)
+
+
+def prompt(vocab):
+    """With repetitions, for the n-gram drafter to find."""
+    return np.array([1, 2, 0, 1, vocab - 1, 0, 1])
+
+
+def drafter_for(name, vocab, tree, acceptance):
+    """A drafter that is wrong often enough to be rejected and right often enough to be accepted."""
+    ngram = sj.NgramDrafter(tree)
+    medusa = sj.MedusaDrafter(noisy_heads(mock(vocab), 3), tree)
+    draft = sj.DraftModelDrafter(mock(vocab, 5), tree, acceptance.temperature, top_p=acceptance.top_p)
+    return {
+        "medusa": medusa,
+        "ngram": ngram,
+        "draft model": draft,
+        "greedy draft model": sj.DraftModelDrafter(mock(vocab, 5), tree),
+        "ngram + medusa": sj.HybridDrafter((ngram, medusa)),
+        "ngram + draft model": sj.HybridDrafter((ngram, draft)),
+    }[name]
+
+
+DRAFTERS = ["medusa", "ngram", "draft model", "greedy draft model", "ngram + medusa", "ngram + draft model"]
+
+
+@functools.cache
+def exact_law(vocab, acceptance):
+    """The probability of every continuation of LENGTH tokens, by enumeration."""
+    model, law = mock(vocab), np.ones([vocab] * LENGTH)
+
+    @jax.jit
+    @jax.vmap
+    def next_law(tokens):
+        logits = unembed(model.params, forward(model.params, model.config, tokens).features[-1:])[0]
+        return jax.nn.softmax(logits / acceptance.temperature)
+
+    for n in range(LENGTH):
+        prefixes = np.array(list(itertools.product(range(vocab), repeat=n)), int).reshape(vocab**n, n)
+        p = np.asarray(next_law(np.hstack([np.tile(prompt(vocab), (vocab**n, 1)), prefixes])), np.float64)
+        order = np.argsort(-p, axis=1, kind="stable")
+        ordered = np.take_along_axis(p, order, 1)
+        kept = np.where(np.cumsum(ordered, 1) - ordered < acceptance.top_p, ordered, 0)
+        np.put_along_axis(p, order, kept, 1)
+        p /= p.sum(1, keepdims=True)
+        law *= p.reshape([vocab] * (n + 1) + [1] * (LENGTH - n - 1))
+    return law
+
+
+def empirical_law(vocab, acceptance, drafter):
+    """Counts over RUNS independent generations, and the mean number of drafts accepted in a round."""
+    model, text = mock(vocab), prompt(vocab)
+    tokens = jnp.zeros(SLOTS, jnp.int32).at[: len(text)].set(text)
+    plan = (model.params, model.config, drafter, acceptance, ())
+
+    @jax.jit
+    def batch(key):
+        n = jnp.int32(len(text))
+        start = functools.partial(decode.start, *plan, tokens, n, n + LENGTH)
+        state = jax.vmap(start)(jax.random.split(key, BATCH))
+        step = jax.vmap(functools.partial(decode.round_, *plan))
+        state = jax.lax.while_loop(lambda state: ~jnp.all(state.finished), step, state)
+        return state.tokens[:, len(text) : len(text) + LENGTH], (LENGTH - 1 - state.rounds).mean()
+
+    counts, accepted = np.zeros([vocab] * LENGTH), []
+    for i in range(RUNS // BATCH):
+        out, drafts = batch(jax.random.key(i))
+        np.add.at(counts, tuple(np.asarray(out).T), 1)
+        accepted.append(float(drafts))
+    return counts, np.mean(accepted)
+
+
+def total_variation(law, counts):
+    """Half the L1 distance."""
+    return 0.5 * np.abs(law - counts / counts.sum()).sum()
+
+
+def assert_same_law(law, counts):
+    """Chi-square at 1e-3, no impossible outcome, and total variation where the outcomes are few."""
+    assert law.sum() == pytest.approx(1)
+    assert counts[law == 0].sum() == 0
+    expected = law * counts.sum()
+    likely = expected > 5
+    cells = np.append((counts - expected)[likely], (counts - expected)[~likely].sum())
+    means = np.append(expected[likely], max(expected[~likely].sum(), 1e-9))
+    cells, means = cells[means > 5], means[means > 5]
+    freedom = len(cells) - 1
+    assert freedom > 10  # a law worth testing
+    statistic = (cells**2 / means).sum()
+    # Wilson-Hilferty: a chi-square beyond 3.09 of these deviations has probability below 1e-3.
+    assert ((statistic / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / np.sqrt(2 / (9 * freedom)) < 3.09
+    if law.size <= 81:
+        assert total_variation(law, counts) <= 0.02
+
+
+@pytest.mark.parametrize("vocab", [3, 6])
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_sampling_keeps_the_joint_law(name, shape, setting, vocab):
+    acceptance = SETTINGS[setting]
+    drafter = drafter_for(name, vocab, SHAPES[shape], acceptance)
+    drafter.check(mock(vocab))
+    counts, accepted = empirical_law(vocab, acceptance, drafter)
+    assert_same_law(exact_law(vocab, acceptance), counts)
+    assert accepted > 0.05  # drafts do get accepted
+
+
+# --- mutants ----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class KeepsRejected(sj.Sample):
+    """After a rejection the rejected draft stays: the Rust system's error."""
+
+    def __call__(self, logits, proposal, tree, key):
+        """Right, but for the token it commits."""
+        right = super().__call__(logits, proposal, tree, key)
+        child = jnp.asarray([min(c, default=n) for n, c in enumerate(tree.children)])[right.node]
+        kept = jnp.where(child == right.node, right.next_token, proposal.tokens[child])
+        return dataclasses.replace(right, next_token=kept)
+
+
+def rewritten(old, new):
+    """`_walk_siblings` with one expression changed."""
+    source = inspect.getsource(rules._walk_siblings)
+    assert source.count(old) == 1
+    scope = dict(vars(rules))
+    exec(source.replace(old, new), scope)
+    return scope["_walk_siblings"]
+
+
+MUTANTS = {
+    "sibling not renormalised": ("residual / jnp.where(mass > 0, mass, 1.0)", "residual"),
+    "ratio inverted": ("uniform[child] * q_x < p_x", "uniform[child] * p_x < q_x"),
+    "residual forgotten": ("jnp.maximum(p - q[child], 0.0)", "p"),
+}
+
+
+@pytest.mark.parametrize("name", ["medusa", "draft model"])
+def test_keeping_the_rejected_draft_fails(name):
+    counts, _ = empirical_law(3, KeepsRejected(), drafter_for(name, 3, SHAPES["chain"], sj.Sample()))
+    with pytest.raises(AssertionError):
+        assert_same_law(exact_law(3, sj.Sample()), counts)
+    assert total_variation(exact_law(3, sj.Sample()), counts) > 0.05
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_broken_sibling_walk_fails(mutant, monkeypatch):
+    monkeypatch.setattr(rules, "_walk_siblings", rewritten(*MUTANTS[mutant]))
+    counts, _ = empirical_law(3, sj.Sample(), drafter_for("draft model", 3, SHAPES["branching"], sj.Sample()))
+    with pytest.raises(AssertionError):
+        assert_same_law(exact_law(3, sj.Sample()), counts)
+
+
+# --- what must never be said ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_impossible_tokens_never_appear(stochastic):
+    tree, vocab = SHAPES["branching"], 6
+    logits = jax.random.normal(jax.random.key(0), (tree.size, vocab)).at[:, [1, 4]].set(-jnp.inf)
+    tokens = jnp.array([0, 1, 2, 4, 3, 1])  # impossible ones among them
+    log_q = jnp.log(jnp.full((tree.size, vocab), 1 / vocab)) if stochastic else None
+
+    @jax.jit
+    @jax.vmap
+    def run(key):
+        verdict = sj.Sample()(logits, rules.Proposal(tokens, log_q), tree, key)
+        return verdict.node, verdict.next_token
+
+    nodes, said = map(np.asarray, run(jax.random.split(jax.random.key(1), 20_000)))
+    assert not np.isin(tokens[nodes[nodes > 0]], [1, 4]).any()
+    assert not np.isin(said, [1, 4]).any()
+    assert len(set(said.tolist())) == 4
+    assert (nodes > 0).any()
+
+
+@pytest.mark.parametrize("acceptance", [sj.Sample(top_k=1), sj.Sample(top_p=1e-6)])
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_narrow_sampling_is_greedy(name, acceptance):
+    drafter = drafter_for(name, 6, SHAPES["branching"], sj.Sample())
+    greedy = sj.generate(mock(6), prompt(6), max_new_tokens=40)
+    out = sj.generate(
+        mock(6), prompt(6), drafter=drafter, acceptance=acceptance, max_new_tokens=40, key=jax.random.key(3)
+    )
+    np.testing.assert_array_equal(out.tokens, greedy.tokens)
