@@ -120,54 +120,51 @@ class DraftModelDrafter:
     def propose(self, target: Params, state: DraftState, context: Context, key: jax.Array) -> Proposal:
         """Depth by depth: the draft reads the nodes so far, each sees its ancestors, and their children are chosen."""
         tree, wanted = self.tree, target.unembedding.shape[0]
-        tokens = jnp.full(tree.size, NO_DRAFT).at[0].set(context.root)
-        log_q = jnp.full((tree.size, wanted), -jnp.inf)
+        tokens = jnp.reshape(context.root, (1,))  # of the nodes so far, in node order
+        laws = [jnp.full((1, wanted), -jnp.inf)]
         features = state.features[None]
         for depth in range(tree.max_depth):
             level = np.flatnonzero(tree.depths == depth)
             if depth:
                 # The root is in the cache; everything below it is read anew, which for a small tree costs one forward.
-                read_so_far = slice(1, int(level[-1]) + 1)
+                drafted = slice(1, tree.depths.searchsorted(depth, side="right"))
                 out = forward(
                     self.draft.params,
                     self.draft.config,
-                    jnp.take(state.to_draft, jnp.maximum(tokens[read_so_far], 0), mode="clip"),
+                    jnp.take(state.to_draft, jnp.maximum(tokens[1:], 0), mode="clip"),
                     cache=state.cache,
-                    positions=state.cache.length + tree.depths[read_so_far] - 1,
-                    mask=tree.ancestors[read_so_far, read_so_far],
+                    positions=state.cache.length + tree.depths[drafted] - 1,
+                    mask=tree.ancestors[drafted, drafted],
                 )
                 features = out.features[level - 1]
-            chosen, laws = self._children(features, wanted, jax.random.fold_in(key, depth), level)
-            for order in range(max(len(tree.children[node]) for node in level)):
-                child = tree.child_table[level, order]
-                real = child >= 0
-                rank = order if self.temperature else np.asarray(tree.ranks)[child[real]]
-                token = chosen[np.flatnonzero(real), rank]
-                # A node without a draft has no children either.
-                token = jnp.where(tokens[level[real]] == NO_DRAFT, NO_DRAFT, token)
-                tokens = tokens.at[child[real]].set(token)
-                if self.temperature:
-                    log_q = log_q.at[child[real]].set(laws[order][real])
-        return Proposal(tokens, log_q if self.temperature else None)
+            children = [
+                (row, order, child) for row, n in enumerate(level) for order, child in enumerate(tree.children[n])
+            ]
+            rows, orders, nodes = (np.array(column) for column in zip(*children, strict=True))
+            logits = self._target_logits(features, wanted)
+            if self.temperature:
+                chosen, law = self._draw(logits, int(orders.max()) + 1, jax.random.fold_in(key, depth))
+                laws.append(law[rows, orders])
+                picked = chosen[rows, orders]
+            else:
+                ranks = np.asarray(tree.ranks)[nodes]
+                picked = jax.lax.top_k(logits, int(ranks.max()) + 1)[1].astype(jnp.int32)[rows, ranks]
+            # A node without a draft has no children either.
+            tokens = jnp.concatenate([tokens, jnp.where(tokens[level[rows]] == NO_DRAFT, NO_DRAFT, picked)])
+        return Proposal(tokens, jnp.concatenate(laws) if self.temperature else None)
 
-    def _children(
-        self, features: Float[Array, "n D"], wanted: int, key: jax.Array, level: np.ndarray
-    ) -> tuple[Int[Array, "n k"], list[Float[Array, "n V"]]]:
-        logits = self._target_logits(features, wanted)
-        below = self.tree.child_table[level]
-        if not self.temperature:
-            count = 1 + max((self.tree.ranks[n] for n in below[below >= 0]), default=0)
-            return jax.lax.top_k(logits, count)[1].astype(jnp.int32), []
-        count = int((below >= 0).sum(axis=1).max())
+    def _draw(
+        self, logits: Float[Array, "n V"], count: int, key: jax.Array
+    ) -> tuple[Int[Array, "n k"], Float[Array, "n k V"]]:
+        # `count` draws without replacement, and the law of each given those before it.
         logits = warp(logits, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
         best, chosen = jax.lax.top_k(logits + jax.random.gumbel(key, logits.shape), count)
         chosen = jnp.where(best == -jnp.inf, NO_DRAFT, chosen.astype(jnp.int32))  # fewer possible tokens than siblings
         laws = []
         for order in range(count):
             laws.append(jax.nn.log_softmax(logits, axis=-1))
-            taken = jnp.arange(wanted) == chosen[:, order, None]
-            logits = jnp.where(taken, -jnp.inf, logits)
-        return chosen, laws
+            logits = jnp.where(jnp.arange(logits.shape[1]) == chosen[:, order, None], -jnp.inf, logits)
+        return chosen, jnp.stack(laws, axis=1)
 
     def _target_logits(self, features: Float[Array, "n D"], wanted: int) -> Float[Array, "n V"]:
         # Over the target's vocabulary; what the draft cannot say is impossible.
