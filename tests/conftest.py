@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,19 @@ from specjax.heads import init_heads
 
 # Parity needs torch, whose CPU build exists for Python 3.11 only; the Makefile says so when it leaves it out.
 collect_ignore = [] if importlib.util.find_spec("transformers") else ["parity"]
+
+
+@pytest.fixture(autouse=True)
+def room_for_executables():
+    """Drops compiled code before the process runs out of memory mappings.
+
+    XLA:CPU maps every executable in many pieces, and Linux allows 65,530 of them (vm.max_map_count): beyond that, the
+    compiler aborts the process. The suite compiles more than that.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 25_000:
+        jax.clear_caches()
 
 
 def tiny_config(vocab: int = 61, **changes) -> sj.ModelConfig:

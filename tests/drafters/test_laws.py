@@ -15,13 +15,21 @@ import pytest
 from conftest import noisy_heads, tiny_model
 
 import specjax as sj
+import specjax.model
 from specjax import acceptance as rules
 from specjax import decode
 from specjax.model import forward, unembed
 
-LENGTH, RUNS, BATCH, SLOTS = 4, 200_000, 20_000, 64
+LENGTH, RUNS, BATCH = 4, 200_000, 4_000
+SLOTS = 16  # the prompt, LENGTH tokens and a path; also the prefill chunk here, which a draft model reads for every run
 SHAPES = {"chain": sj.Tree.chain(3), "branching": sj.Tree.from_paths([(0,), (1,), (0, 0), (0, 1), (1, 0)])}
 SETTINGS = {"T=1": sj.Sample(), "T=0.7, top-p": sj.Sample(0.7, top_p=0.9)}
+
+
+@pytest.fixture(autouse=True)
+def short_chunks(monkeypatch):
+    """Prefill in chunks of the whole buffer, not of 64 tokens."""
+    monkeypatch.setattr(specjax.model, "PREFILL_CHUNK", SLOTS)
 
 
 @functools.cache
