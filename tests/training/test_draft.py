@@ -1,0 +1,151 @@
+"""Distilling a draft: the loss by hand, what does not count, and a draft that is accepted more than before."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import tiny_config, tiny_model
+
+import specjax as sj
+from specjax.loading.load import load_draft, save_draft
+from specjax.model import forward, unembed
+from specjax.training.data import conversations, packed
+from specjax.training.distill import answer
+from specjax.training.draft import (
+    DIVERGENCES,
+    DistilConfig,
+    distil,
+    distil_loss,
+    evaluate_draft,
+    init_draft,
+    reduced_map,
+)
+from specjax.training.trainer import frequent_tokens
+
+VOCAB = 23
+
+
+@pytest.fixture(scope="module")
+def text():
+    """A target whose next token depends on the last one alone, and conversations of its own."""
+    target = tiny_model(vocab=VOCAB, hidden_size=32, num_layers=1)
+    layer = dataclasses.replace(target.params.layers[0], out=jnp.zeros_like(target.params.layers[0].out))
+    target = dataclasses.replace(target, params=dataclasses.replace(target.params, layers=(layer,)))
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, VOCAB, rng.integers(1, 5)) for _ in range(96)]
+    made = answer(target, prompts, acceptance=sj.Sample(), max_new_tokens=20, key=jax.random.key(0))
+    return target, conversations(prompts, made.tokens, made.lengths, made.features)
+
+
+def draft_config(rows):
+    """A Qwen2."""
+    return tiny_config(rows, family="qwen2", qkv_bias=True, tie_word_embeddings=True, num_layers=1)
+
+
+def test_the_loss_by_hand(text):
+    target, data = text
+    token_map = reduced_map(np.arange(0, VOCAB, 2))
+    config = draft_config(len(token_map))
+    draft = init_draft(jax.random.key(1), config, target.params, token_map)
+    batch = next(iter(packed(data, length=64, batch_size=2, seed=0)))
+    rows = {int(t): i for i, t in enumerate(token_map[:-1])}
+    to_draft = np.array([rows.get(t, len(token_map) - 1) for t in range(VOCAB)])
+    kl, text_loss, counted = 0.0, 0.0, 0
+    for b in range(2):
+        for segment in range(1, batch["segments"][b].max() + 1):
+            inside = np.flatnonzero(batch["segments"][b] == segment)
+            tokens = batch["tokens"][b][inside]
+            out = forward(draft, config, jnp.asarray(to_draft[tokens])).features
+            law = np.asarray(jax.nn.log_softmax(unembed(draft, out)[:, :-1]))
+            for i in range(1, len(inside)):
+                if not batch["answer"][b][inside[i]]:
+                    continue
+                feature = batch["features"][b][inside[i]].astype(np.float32)
+                p = jax.nn.log_softmax(jnp.asarray(target.params.unembedding)[token_map[:-1]] @ feature)
+                kl += float(jnp.sum(jnp.exp(p) * (p - law[i - 1])))
+                text_loss -= float(law[i - 1, rows[int(tokens[i])]]) if int(tokens[i]) in rows else 0.0
+                counted += 1
+    projection = target.params.unembedding[token_map[:-1]]
+    ours = distil_loss(draft, config, projection, jnp.asarray(to_draft), batch, "forward_kl")
+    np.testing.assert_allclose(ours, [kl / counted, text_loss / counted], rtol=1e-4)
+
+
+def test_the_features_are_those_that_predict_the_answer(text):
+    target, data = text
+    item = data[0]
+    exact = forward(target.params, target.config, jnp.concatenate([item.prompt, item.answer])).features
+    np.testing.assert_allclose(item.features.astype(np.float32), exact[len(item.prompt) - 1 : -1], rtol=1e-2, atol=1e-3)
+
+
+def test_divergences():
+    rng = np.random.default_rng(0)
+    log_p, log_q = (jax.nn.log_softmax(jnp.asarray(rng.normal(size=(5, 9)))) for _ in range(2))
+    p, q = np.exp(log_p), np.exp(log_q)
+    m = (p + q) / 2
+    by_hand = {
+        "forward_kl": (p * np.log(p / q)).sum(1),
+        "reverse_kl": (q * np.log(q / p)).sum(1),
+        "jsd": 0.5 * (p * np.log(p / m) + q * np.log(q / m)).sum(1),
+        "tvd": 1 - np.minimum(p, q).sum(1),
+    }
+    assert set(by_hand) == set(DIVERGENCES)
+    for name, expected in by_hand.items():
+        np.testing.assert_allclose(DIVERGENCES[name](log_p, log_q), expected, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(DIVERGENCES[name](log_p, log_p), 0, atol=1e-6)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "tvd"])
+def test_a_distilled_draft_is_accepted_more(text, tmp_path, divergence):
+    target, data = text
+    token_map = reduced_map(frequent_tokens(np.concatenate([i.answer for i in data]), 16, VOCAB))
+    config = draft_config(len(token_map))
+    training = DistilConfig(
+        epochs=12, batch_size=4, length=64, learning_rate=1e-2, divergence=divergence, checkpoint_every=50
+    )
+    draft, log = distil(config, target.params, token_map, data[16:], data[:16], training, tmp_path)
+    before, after = log[0]["eval"], log[-1]["eval"]
+    assert after["acceptance"] > before["acceptance"] + 0.1
+    assert after["agreement"] > before["agreement"] + 0.1
+    assert after == pytest.approx(evaluate_draft(draft, config, target.params, token_map, data[:16], training))
+    again, relog = distil(config, target.params, token_map, data[16:], data[:16], training, tmp_path)  # nothing to do
+    jax.tree.map(np.testing.assert_array_equal, again, draft)
+    assert relog == log
+
+    save_draft(tmp_path / "draft", draft, config, token_map)
+    model, stored = load_draft(tmp_path / "draft")
+    np.testing.assert_array_equal(stored, token_map)
+    jax.tree.map(np.testing.assert_array_equal, model.params, draft)
+    drafter = sj.DraftModelDrafter(model, sj.Tree.chain(3), token_map=stored)
+    untrained = sj.Model(init_draft(jax.random.key(0), config, target.params, token_map), config, None)
+    weak = dataclasses.replace(drafter, draft=untrained)
+    prompt = [int(t) for t in data[0].prompt]
+    fast, slow, plain = (
+        sj.generate(target, prompt, drafter=d, max_new_tokens=60, eos_token_ids=()) for d in (drafter, weak, None)
+    )
+    np.testing.assert_array_equal(fast.tokens, plain.tokens)
+    np.testing.assert_array_equal(slow.tokens, plain.tokens)
+    assert fast.tokens_per_round > slow.tokens_per_round
+
+
+def test_refusals(text, tmp_path):
+    target, data = text
+    token_map = reduced_map(np.arange(8))
+    with pytest.raises(sj.ConfigError, match="vocab_size is 12, its token map has 9"):
+        distil(draft_config(12), target.params, token_map, data, data, DistilConfig(), tmp_path)
+    with pytest.raises(sj.ConfigError, match="divergence 'l2'"):
+        DistilConfig(divergence="l2")
+    config = dataclasses.replace(draft_config(9), hidden_size=64)
+    with pytest.raises(sj.ConfigError, match="hidden_size 64 exceeds"):
+        init_draft(jax.random.key(0), config, target.params, token_map)
+    with pytest.raises(sj.DataError, match="do not fill one batch"):
+        distil(draft_config(9), target.params, token_map, data[:1], data, DistilConfig(epochs=1), tmp_path)
+    save_draft(
+        tmp_path / "d",
+        init_draft(jax.random.key(0), draft_config(9), target.params, token_map),
+        draft_config(9),
+        token_map[:4],
+    )
+    with pytest.raises(sj.CheckpointError, match=r"shape \(4,\); expected one integer for each of the draft's 9"):
+        load_draft(tmp_path / "d")
