@@ -1,4 +1,4 @@
-"""Made the draft model that ships for SmolLM2-135M-Instruct: a Qwen2 of 7 million parameters.
+"""Made the draft model that ships for SmolLM2-135M-Instruct: a Qwen2 of 5 million parameters.
 
 specjax run experiments/distill_draft_smollm2.py --output-dir results/distill_draft_smollm2
 """
@@ -12,6 +12,7 @@ def get_config() -> FitDraft:
     return FitDraft(
         name="distill_draft_smollm2",
         model="smollm2-135m-instruct",
+        reduced_vocab_size=8192,
         data=Distillation(shards=90, held_out_shards=2),
-        training=DistilConfig(epochs=4),
+        training=DistilConfig(epochs=3),
     )

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from specjax.decode import Round
+from specjax.errors import PromptError
 from specjax.loading.tokenizer import Tokenizer
 
 DRAFTED, OWN = "green", "default"
@@ -16,22 +17,42 @@ DRAFTED, OWN = "green", "default"
 class TextStream:
     """Turns tokens into text as they come; the pieces add up to what decoding all tokens at once gives.
 
-    A character whose bytes are spread over several tokens is held back until it is complete.
+    A character whose bytes are spread over several tokens is held back until it is complete, and so is what may be the
+    beginning of a stop string. The text ends before the first stop string; then `stopped` is true.
+
+    Raises:
+      PromptError: an empty stop string.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        if "" in stop:
+            raise PromptError("a stop string is empty; remove it.")
         self._tokenizer = tokenizer
+        self._stop = tuple(stop)
         self._tokens: list[int] = []
         self._shown = ""
+        self.stopped = False
 
     def push(self, tokens: Sequence[int] | np.ndarray) -> str:
         """Takes tokens and gives the text that is certain now."""
+        if self.stopped:
+            return ""
         self._tokens += [int(t) for t in tokens]
-        return self._advance(self._tokenizer.decode(self._tokens).rstrip("\ufffd"))
+        text = self._until_stop(self._tokenizer.decode(self._tokens).rstrip("\ufffd"))
+        return self._advance(text if self.stopped else text[: len(text) - self._begun(text)])
 
     def finish(self) -> str:
         """Gives what is left, an incomplete character as U+FFFD."""
-        return self._advance(self._tokenizer.decode(self._tokens))
+        return "" if self.stopped else self._advance(self._until_stop(self._tokenizer.decode(self._tokens)))
+
+    def _until_stop(self, text: str) -> str:
+        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+        self.stopped = bool(found)
+        return text[: min(found)] if found else text
+
+    def _begun(self, text: str) -> int:
+        # The length of the longest end of the text that begins a stop string.
+        return max((n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
 
     def _advance(self, text: str) -> str:
         if not text.startswith(self._shown):
@@ -62,9 +83,14 @@ class Tally:
         )
 
 
-def show(rounds: Iterable[Round], tokenizer: Tokenizer, console: Console, *, colour: bool) -> tuple[str, Tally]:
-    """Prints rounds as they come, accepted drafts apart from the target's own tokens; gives the text and the counts."""
-    stream, tally, said = TextStream(tokenizer), Tally(), ""
+def show(
+    rounds: Iterable[Round], tokenizer: Tokenizer, console: Console, *, colour: bool, stop: Sequence[str] = ()
+) -> tuple[str, Tally]:
+    """Prints rounds as they come, accepted drafts apart from the target's own tokens; gives the text and the counts.
+
+    No further round is asked for once a stop string has been said; it is not part of the text.
+    """
+    stream, tally, said = TextStream(tokenizer, stop), Tally(), ""
     for item in rounds:
         tally.add(item)
         for piece, style in (
@@ -73,6 +99,8 @@ def show(rounds: Iterable[Round], tokenizer: Tokenizer, console: Console, *, col
         ):
             said += piece
             console.print(Text(piece, style if colour else ""), end="", soft_wrap=True)
+        if stream.stopped:
+            break
     rest = stream.finish()
     console.print(Text(rest), soft_wrap=True)
     return said + rest, tally

@@ -63,12 +63,20 @@ def _model_options(parser: argparse.ArgumentParser, max_new_tokens: int) -> None
     parser.add_argument(
         "--model", required=True, help="packaged name, Hugging Face directory or repository, .gguf file"
     )
-    parser.add_argument("--heads", help="Medusa heads: packaged name, file or directory; without, autoregressive")
-    parser.add_argument("--tree", default="cartesian:4,1,1", help=f"{_TREE_HELP} (default: %(default)s)")
+    parser.add_argument(
+        "--drafter",
+        help="none, medusa, ngram, draft, or a hybrid such as ngram+medusa (default: medusa with --heads, draft with "
+        "--draft-model, otherwise none: autoregressive)",
+    )
+    parser.add_argument("--heads", help="Medusa heads: packaged name, file or directory")
+    parser.add_argument("--draft-model", help="packaged name, Hugging Face directory or repository, .gguf file")
+    parser.add_argument("--tree", help=f"{_TREE_HELP}; for a hybrid one for each part, joined by '+'")
     parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy; above: lossless sampling")
     parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--top-k", type=int)
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
     parser.add_argument("--typical", action="store_true", help="typical acceptance at that temperature (NOT lossless)")
     parser.add_argument("--seed", type=int, default=0)
 
@@ -77,22 +85,30 @@ def _prepare(options: argparse.Namespace) -> tuple["Model", dict[str, Any]]:
     import jax
 
     import specjax as sj
+    from specjax.drafters.build import build_drafter
 
-    if options.typical and options.heads is None:
-        raise sj.ConfigError("--typical judges drafts, but there are no heads to draft; add --heads.")
+    named = "medusa" if options.heads else "draft" if options.draft_model else "none"
+    if options.typical and (options.drafter or named) == "none":
+        raise sj.ConfigError("--typical judges drafts, but nothing drafts; add --drafter, --heads or --draft-model.")
     if options.typical:
         acceptance: Any = sj.Typical(temperature=options.temperature or 0.7)
     elif options.temperature == 0:
         acceptance = sj.Greedy()
     else:
-        acceptance = sj.Sample(options.temperature, top_p=options.top_p)
-    tree = sj.Tree.parse(options.tree)
+        acceptance = sj.Sample(options.temperature, options.top_k, options.top_p)
+    for tree in options.tree.split("+") if options.tree else ():
+        sj.Tree.parse(tree)  # before the model is loaded
     model = sj.load_model(options.model, dtype=options.dtype)
     if model.tokenizer is None:
         raise sj.CheckpointError(f"{options.model} has no tokenizer; text needs one beside the weights.")
-    drafter = None
-    if options.heads is not None:
-        drafter = sj.MedusaDrafter(sj.load_heads(options.heads, model.config, dtype=options.dtype), tree)
+    drafter = build_drafter(
+        options.drafter or named,
+        model,
+        tree=options.tree,
+        heads=options.heads,
+        draft_model=options.draft_model,
+        acceptance=acceptance,
+    )
     request = {"drafter": drafter, "acceptance": acceptance, "max_new_tokens": options.max_new_tokens}
     return model, request | {"key": jax.random.key(options.seed)}
 
@@ -109,7 +125,13 @@ def _generate(options: argparse.Namespace, rest: list[str]) -> int:
         ids = model.tokenizer.encode(options.prompt)
     else:
         ids = model.tokenizer.apply_chat_template([{"role": "user", "content": options.prompt}])
-    _, tally = show(stream(model, ids, **request), model.tokenizer, Console(highlight=False), colour=False)
+    _, tally = show(
+        stream(model, ids, **request),
+        model.tokenizer,
+        Console(highlight=False),
+        colour=False,
+        stop=options.stop,
+    )
     print(f"[{tally}]", file=sys.stderr)
     return 0
 
@@ -134,7 +156,8 @@ def _chat(options: argparse.Namespace, rest: list[str]) -> int:
         ids = model.tokenizer.apply_chat_template(messages)
         request["key"], key = jax.random.split(request["key"])
         try:
-            text, tally = show(stream(model, ids, **(request | {"key": key})), model.tokenizer, console, colour=True)
+            rounds = stream(model, ids, **(request | {"key": key}))
+            text, tally = show(rounds, model.tokenizer, console, colour=True, stop=options.stop)
         except PromptError as error:
             console.print(f"[red]{error}[/] Type /reset to begin a new conversation.")
             messages.pop()

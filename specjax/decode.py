@@ -189,7 +189,7 @@ def loop(
     return jax.lax.while_loop(lambda state: ~state.finished, step, state)
 
 
-_STATIC = ("config", "acceptance", "eos")
+_STATIC = ("config", "acceptance")
 _start = jax.jit(start, static_argnames=_STATIC)
 _loop = jax.jit(loop, static_argnames=_STATIC)
 _round = jax.jit(round_, static_argnames=_STATIC, donate_argnames="state")  # streaming owns its state

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import tokenizers
 
+import specjax as sj
 from specjax.chat import TextStream
 from specjax.loading.tokenizer import Tokenizer
 
@@ -38,3 +39,28 @@ def test_an_incomplete_character_is_held_back_and_shown_at_the_end(bytewise):
     cut = TextStream(bytewise)
     assert cut.push(ids[:3]) == "a"
     assert "a" + cut.finish() == bytewise.decode(ids[:3])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_stop_strings_end_the_text_however_it_is_cut(bytewise, seed):
+    rng = np.random.default_rng(seed)
+    text, stops = "".join(rng.choice(list("ab\n🙂"), 60)), ("ab\n", "aab", "🙂🙂")
+    ids = bytewise.encode(text)
+    stream, shown = TextStream(bytewise, stops), ""
+    for part in np.split(np.array(ids), np.sort(rng.integers(0, len(ids) + 1, 12))):
+        shown += stream.push(part)
+        assert text.startswith(shown)
+        assert not any(stop in shown for stop in stops)
+    shown += stream.finish()
+    first = min((text.find(s) for s in stops if s in text), default=None)
+    assert stream.stopped == (first is not None)
+    assert shown == text[:first]
+
+
+def test_what_only_begins_a_stop_string_is_shown_at_the_end(bytewise):
+    stream = TextStream(bytewise, ["<end>"])
+    assert stream.push(bytewise.encode("1 <en")) == "1 "
+    assert stream.push(bytewise.encode("t <e")) == "<ent "
+    assert stream.finish() == "<e"
+    with pytest.raises(sj.PromptError, match="stop string"):
+        TextStream(bytewise, [""])

@@ -125,6 +125,13 @@ def test_generate_prints_the_text_and_the_statistics(checkpoint, capsys):
     one = capsys.readouterr().out
     assert main([*command, "--temperature", "1", "--seed", "3"]) == 0
     assert capsys.readouterr().out == one
+    for drafter in ("none", "ngram", "ngram+medusa", "draft", "ngram+draft"):
+        assert main([*command, "--drafter", drafter, "--heads", heads, "--draft-model", str(checkpoint)]) == 0
+        assert capsys.readouterr().out == plain.out
+    stop = plain.out.strip()[3:6]
+    for drafter in ("none", "ngram"):
+        assert main([*command, "--drafter", drafter, "--stop", stop, "--stop", "never said"]) == 0
+        assert capsys.readouterr().out == plain.out[: plain.out.index(stop)] + "\n"
     assert main([*command, "--raw", "--typical", "--heads", heads, "--tree", "chain:2"]) == 0
 
 
@@ -135,6 +142,12 @@ def test_generate_prints_the_text_and_the_statistics(checkpoint, capsys):
         (["--tree", "chain:x"], "chain:x"),
         (["--max-new-tokens", "-1"], "-1"),
         (["--typical"], "--heads"),
+        (["--drafter", "eagle"], "eagle"),
+        (["--drafter", "ngram+medusa", "--tree", "chain:3"], "2 parts"),
+        (["--drafter", "medusa"], "--heads"),
+        (["--drafter", "ngram+draft"], "--draft-model"),
+        (["--draft-model", "nowhere"], "nowhere"),
+        (["--stop", ""], "stop string"),
         (["--temperature", "-1"], "temperature"),
         (["--raw", "--prompt", ""], "at least one"),
     ],
