@@ -1,10 +1,12 @@
-"""The `specjax` command: run, generate, chat, tree. Heavy imports wait until a command needs them."""
+"""The `specjax` command: run, generate, chat, tree, bench. Heavy imports wait until a command needs them."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from specjax.cli_tree import TREE_HELP, add_commands
 
 if TYPE_CHECKING:
     from specjax.loading.load import Model
@@ -45,18 +47,8 @@ def _parser() -> argparse.ArgumentParser:
     _model_options(chat, max_new_tokens=256)
     chat.set_defaults(function=_chat)
 
-    tree = commands.add_parser("tree", help="look at draft trees")
-    trees = tree.add_subparsers(dest="action", required=True, metavar="ACTION")
-    listing = trees.add_parser("list", help="the published trees")
-    listing.set_defaults(function=_tree_list)
-    drawing = trees.add_parser("show", help="draw a tree")
-    drawing.add_argument("tree", help=_TREE_HELP)
-    drawing.add_argument("--png", type=Path, help="also draw it into this file")
-    drawing.set_defaults(function=_tree_show)
+    add_commands(commands)
     return parser
-
-
-_TREE_HELP = "a published name, chain:4, cartesian:3,2,1, or a .json file"
 
 
 def _model_options(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
@@ -70,7 +62,7 @@ def _model_options(parser: argparse.ArgumentParser, max_new_tokens: int) -> None
     )
     parser.add_argument("--heads", help="Medusa heads: packaged name, file or directory")
     parser.add_argument("--draft-model", help="packaged name, Hugging Face directory or repository, .gguf file")
-    parser.add_argument("--tree", help=f"{_TREE_HELP}; for a hybrid one for each part, joined by '+'")
+    parser.add_argument("--tree", help=f"{TREE_HELP}; for a hybrid one for each part, joined by '+'")
     parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy; above: lossless sampling")
@@ -164,33 +156,6 @@ def _chat(options: argparse.Namespace, rest: list[str]) -> int:
             continue
         messages.append({"role": "assistant", "content": text})
         console.print(f"[dim]{tally}[/dim]")
-    return 0
-
-
-def _tree_list(options: argparse.Namespace, rest: list[str]) -> int:
-    from specjax.tree import Tree
-
-    for name in Tree.presets():
-        tree = Tree.preset(name)
-        print(f"{name}: {tree.size} nodes, depth {tree.max_depth}")
-    return 0
-
-
-def _tree_show(options: argparse.Namespace, rest: list[str]) -> int:
-    from specjax.tree import Tree
-
-    tree = Tree.parse(options.tree)
-    print(tree.ascii())
-    print(f"{tree.size} nodes, depth {tree.max_depth}, {len(tree.leaves)} paths")
-    if options.png:
-        from matplotlib.figure import Figure
-
-        from specjax.analysis.tree_plot import draw_tree
-
-        figure = Figure(figsize=(9, 6), layout="constrained")
-        draw_tree(tree, figure.add_subplot())
-        figure.savefig(options.png, dpi=130)
-        print(f"wrote {options.png}")
     return 0
 
 

@@ -17,7 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from specjax.analysis.plots import save_decode_figures
-from specjax.analysis.search import choose_tree
+from specjax.analysis.round_time import choose_tree
+from specjax.analysis.search import expected_tokens, greedy_tree
+from specjax.analysis.tree_search import packaged_trees
 from specjax.bench import Contender, Request, compare, environment
 from specjax.drafters.base import NoDrafter
 from specjax.drafters.medusa import MedusaDrafter
@@ -132,13 +134,8 @@ class DecodeExperiment:
         heads = load_heads(method.heads, model.config, dtype=model.params.dtype)
         if method.tree != "auto":
             return Contender(method.name, model, MedusaDrafter(heads, Tree.parse(method.tree)))
-        hits = heads_metadata(method.heads).get("hits")
-        if hits is None:
-            raise ConfigError(
-                f"{method.heads} records no accuracies, which tree='auto' needs; name a tree for {method.name!r}."
-            )
         with console.status(f"choosing the tree for {method.name} on this machine"):
-            choice = choose_tree(model, heads, np.asarray(hits), request.ids, sizes=self.tree_sizes)
+            choice = choose_tree(model, heads, self._candidates(method), request.ids)
         chosen[method.name, method.dtype] = {
             "method": method.name,
             "nodes": choice.tree.size,
@@ -149,6 +146,20 @@ class DecodeExperiment:
         )
         choice.tree.save(output_dir / f"tree_{method.name}.json")
         return Contender(method.name, model, MedusaDrafter(heads, choice.tree))
+
+    def _candidates(self, method: Method) -> list[tuple[Tree, float]]:
+        assert method.heads is not None
+        found = packaged_trees(method.heads, self.tree_sizes)
+        if found is not None:
+            return found
+        hits = heads_metadata(method.heads).get("hits")
+        if hits is None:
+            raise ConfigError(
+                f"{method.heads} has neither a rank table beside it nor recorded accuracies, which tree='auto' needs; "
+                f"name a tree for {method.name!r}."
+            )
+        trees = [greedy_tree(np.asarray(hits), size) for size in self.tree_sizes]
+        return [(tree, expected_tokens(tree, np.asarray(hits))) for tree in trees]
 
 
 def decode_table(result: dict[str, Any]) -> Table:
@@ -209,11 +220,19 @@ def run_file(path: Path, arguments: list[str]) -> int:
     default_dir = Path("results") / path.stem / time.strftime("%Y%m%d-%H%M%S")
     directory, arguments = _output_dir(arguments, default_dir)
     config = tyro.cli(type(config), default=config, args=arguments, prog=f"specjax run {path}")
+    return run_config(config, directory, Console())
+
+
+def run_config(config: Experiment, directory: Path, console: Console) -> int:
+    """Runs an experiment and writes its result.json; gives the exit code.
+
+    Raises:
+      ConfigError: `directory` already holds a result.
+    """
     target = directory / "result.json"
     if target.exists():
         raise ConfigError(f"{target} exists; choose another --output-dir, or remove it first.")
     directory.mkdir(parents=True, exist_ok=True)
-    console = Console()
     result = config.run(directory, console)
     target.write_text(json.dumps(result, indent=2) + "\n")
     console.print(f"wrote {target}")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,11 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 
 import specjax as sj
 from specjax import params
 from specjax.acceptance import Proposal
 from specjax.heads import init_heads
+from specjax.loading.heads import save_heads
+from specjax.loading.hf import save_hf
 
 # Parity needs torch, whose CPU build exists for Python 3.11 only; the Makefile says so when it leaves it out.
 collect_ignore = [] if importlib.util.find_spec("transformers") else ["parity"]
@@ -57,6 +61,31 @@ def model() -> sj.Model:
 def smollm2() -> sj.Model:
     """SmolLM2-135M-Instruct, float32."""
     return sj.load_model("smollm2-135m-instruct")
+
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+)
+HITS = [[0.5, 0.2, 0.1, 0.05], [0.3, 0.2, 0.1, 0.1]]
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """A directory with a tiny Llama, a byte-level tokenizer with a chat template, and heads beside it."""
+    directory = tmp_path_factory.mktemp("model")
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={}, merges=[], byte_fallback=False))
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    config = tiny_config(vocab=256, max_positions=2048)
+    weights = params.init(jax.random.key(0), config, stddev=0.5)
+    save_hf(directory, weights, config)
+    backend.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    heads = init_heads(sj.MedusaConfig(2, 16, 256, projection="shared"), weights)
+    save_heads(directory / "heads" / "heads.safetensors", heads, {"hits": HITS})
+    return directory
 
 
 def noisy_heads(model: sj.Model, heads: int, seed: int = 1) -> sj.Heads:

@@ -10,40 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tokenizers
-from conftest import tiny_config
+from conftest import HITS
 
 import specjax as sj
-from specjax import bench, params
-from specjax.analysis.search import choose_tree, expected_tokens, greedy_tree
+from specjax import bench
+from specjax.analysis.round_time import choose_tree
+from specjax.analysis.search import expected_tokens, greedy_tree
 from specjax.cli import main
-from specjax.heads import init_heads
-from specjax.loading.heads import save_heads
-from specjax.loading.hf import save_hf
-
-TEMPLATE = (
-    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
-)
-HITS = [[0.5, 0.2, 0.1, 0.05], [0.3, 0.2, 0.1, 0.1]]
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory):
-    """A directory with a tiny Llama, a byte-level tokenizer with a chat template, and heads beside it."""
-    directory = tmp_path_factory.mktemp("model")
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={}, merges=[], byte_fallback=False))
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = tokenizers.decoders.ByteLevel()
-    config = tiny_config(vocab=256, max_positions=2048)
-    weights = params.init(jax.random.key(0), config, stddev=0.5)
-    save_hf(directory, weights, config)
-    backend.save(str(directory / "tokenizer.json"))
-    (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
-    heads = init_heads(sj.MedusaConfig(2, 16, 256, projection="shared"), weights)
-    save_heads(directory / "heads" / "heads.safetensors", heads, {"hits": HITS})
-    return directory
 
 
 @pytest.fixture
@@ -186,31 +159,12 @@ def test_help_names_every_command():
     assert all(name in text for name in ("run", "generate", "chat", "tree"))
 
 
-def test_greedy_tree_is_the_best_tree_under_independence():
-    hits = np.array([[0.4, 0.2, 0.1], [0.5, 0.1, 0.05]])
-    for size in range(1, 8):
-        best = max((expected_tokens(t, hits) for t in all_trees(size)), default=1.0)
-        assert expected_tokens(greedy_tree(hits, size), hits) == pytest.approx(best)
-    with pytest.raises(sj.TreeError, match="14"):
-        greedy_tree(hits, 14)
-
-
-def all_trees(size):
-    """Every tree of `size` nodes over ranks below 3 and depths up to 2."""
-    grown = {frozenset()}
-    everything = [(a,) for a in range(3)] + [(a, b) for a in range(3) for b in range(3)]
-    for _ in range(size - 1):
-        grown = {
-            tree | {path} for tree in grown for path in everything
-            if path not in tree and (len(path) == 1 or path[:-1] in tree)
-        }  # fmt: skip
-    return [sj.Tree.from_paths(sorted(tree, key=lambda p: (len(p), p))) for tree in grown]
-
-
 def test_choose_tree_takes_the_fastest_measured_size(checkpoint):
     model = sj.load_model(checkpoint)
     heads = sj.load_heads(checkpoint / "heads" / "heads.safetensors", model.config)
-    choice = choose_tree(model, heads, np.array(HITS), [1, 2, 3], sizes=(2, 3, 5), rounds=4)
+    trees = [greedy_tree(np.array(HITS), size) for size in (2, 3, 5)]
+    candidates = [(tree, expected_tokens(tree, np.array(HITS))) for tree in trees]
+    choice = choose_tree(model, heads, candidates, [1, 2, 3], rounds=4)
     assert [row["nodes"] for row in choice.rows] == [2, 3, 5]
     fastest = max(choice.rows, key=lambda row: row["expected_tokens_per_second"])
     assert choice.tree.size == fastest["nodes"]

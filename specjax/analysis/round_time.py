@@ -1,23 +1,135 @@
-"""The round-time experiment: milliseconds per round against the number of tree nodes."""
+"""What a round costs on this machine against the number of tree nodes, and the choice of a tree by it."""
 
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from specjax.analysis.search import choose_tree
+from specjax.analysis.search import expected_tokens, greedy_tree
 from specjax.bench import environment
-from specjax.errors import ConfigError
+from specjax.decode import decode, prefill
+from specjax.drafters.medusa import MedusaDrafter
+from specjax.errors import ConfigError, DataError
+from specjax.heads import Heads
 from specjax.loading.heads import heads_metadata, load_heads
-from specjax.loading.load import load_model
+from specjax.loading.load import Model, load_model
+from specjax.tree import Tree
+
+
+def time_rounds(
+    model: Model, heads: Heads, trees: Sequence[Tree], prompt_ids: Sequence[int], *, rounds: int = 12, repeats: int = 3
+) -> list[dict[str, float]]:
+    """Milliseconds per round {median, min, max} for each tree, in the real decoding loop.
+
+    `repeats` runs, alternating over the trees, of about `rounds` rounds each, after one to compile and warm up.
+    """
+    drafters = [MedusaDrafter(heads, tree) for tree in trees]
+    new = {"max_new_tokens": rounds * 2, "eos_token_ids": (), "capacity": 512}
+    runs = [(drafter, prefill(model, prompt_ids, drafter=drafter, **new)) for drafter in drafters]  # type: ignore[arg-type]
+    for drafter, state in runs:
+        jax.block_until_ready(decode(model, state, drafter=drafter, eos_token_ids=()))
+    taken: list[list[float]] = [[] for _ in runs]
+    for _ in range(repeats):
+        for times, (drafter, state) in zip(taken, runs, strict=True):
+            begin = time.perf_counter()
+            done = jax.block_until_ready(decode(model, state, drafter=drafter, eos_token_ids=()))
+            times.append(1e3 * (time.perf_counter() - begin) / int(done.rounds))
+    return [{"median": float(np.median(t)), "min": min(t), "max": max(t)} for t in taken]
+
+
+@dataclass(frozen=True)
+class RoundTimes:
+    """Measured milliseconds per round for trees of some sizes, autoregressive decoding (1 node) among them."""
+
+    nodes: tuple[int, ...]
+    milliseconds: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.nodes) != len(self.milliseconds) or not self.nodes or self.nodes[0] != 1:
+            raise DataError(
+                f"round times for {self.nodes} nodes: {self.milliseconds}; expected one per size, the first size 1."
+            )
+        if any(a >= b for a, b in zip(self.nodes, self.nodes[1:], strict=False)) or min(self.milliseconds) <= 0:
+            raise DataError(
+                f"round times for {self.nodes} nodes: {self.milliseconds}; expected rising sizes, times > 0."
+            )
+
+    @classmethod
+    def from_result(cls, result: dict[str, Any]) -> "RoundTimes":
+        """Reads the result.json of `specjax bench`.
+
+        Raises:
+          DataError: another experiment's result.
+        """
+        try:
+            rows = sorted((int(r["nodes"]), float(r["milliseconds"]["median"])) for r in result["rows"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"this result holds no round times ({error!r}); make one with `specjax bench`.") from error
+        return cls(tuple(n for n, _ in rows), tuple(ms for _, ms in rows))
+
+    def __call__(self, nodes: int) -> float:
+        """Milliseconds for a tree of `nodes`, linear between the measured sizes.
+
+        Raises:
+          DataError: more nodes than were measured.
+        """
+        if nodes > self.nodes[-1]:
+            raise DataError(f"no round of {nodes} nodes was measured, the largest has {self.nodes[-1]}; measure it.")
+        return float(np.interp(nodes, self.nodes, self.milliseconds))
+
+    def speedup(self, nodes: int, tokens_per_round: float) -> float:
+        """Predicted ratio to autoregressive decoding."""
+        return tokens_per_round * self(1) / self(nodes)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A chosen tree and the evidence: one row per candidate."""
+
+    tree: Tree
+    rows: tuple[dict[str, Any], ...]
+
+
+def choose_tree(
+    model: Model,
+    heads: Heads,
+    candidates: Sequence[tuple[Tree, float]],
+    prompt_ids: Sequence[int],
+    *,
+    rounds: int = 12,
+    repeats: int = 3,
+) -> Choice:
+    """The candidate with the most predicted tokens per second on this machine, for this model, dtype and heads.
+
+    Args:
+      candidates: trees, each with its tokens per round as simulated or expected.
+
+    A row holds nodes, expected_tokens, the milliseconds per round {median, min, max}, and expected_tokens_per_second.
+    """
+    times = time_rounds(model, heads, [tree for tree, _ in candidates], prompt_ids, rounds=rounds, repeats=repeats)
+    rows: tuple[dict[str, Any], ...] = tuple(
+        {
+            "nodes": tree.size,
+            "expected_tokens": tokens,
+            "milliseconds": taken,
+            "expected_tokens_per_second": 1e3 * tokens / taken["median"],
+        }
+        for (tree, tokens), taken in zip(candidates, times, strict=True)
+    )
+    best = candidates[int(np.argmax([row["expected_tokens_per_second"] for row in rows]))][0]
+    chosen = {**best.provenance, "chosen": "the fastest measured size", "device": jax.devices()[0].device_kind}
+    return Choice(replace(best, provenance=chosen), rows)
 
 
 @dataclass(frozen=True)
 class RoundTime:
-    """Times rounds of greedy trees of several sizes; size 1 is autoregressive decoding."""
+    """Times rounds of trees of several sizes; size 1 is autoregressive decoding."""
 
     name: str
     model: str
@@ -37,7 +149,9 @@ class RoundTime:
         if not hits.size:
             raise ConfigError(f"{self.heads} records no accuracies to build trees from.")
         prompt = (np.arange(self.prompt_tokens) + 1) % model.config.vocab_size
-        choice = choose_tree(model, heads, hits, prompt.tolist(), sizes=self.sizes, repeats=self.repeats)
+        trees = [greedy_tree(hits, size) for size in self.sizes]
+        candidates = [(tree, expected_tokens(tree, hits)) for tree in trees]
+        choice = choose_tree(model, heads, candidates, prompt.tolist(), repeats=self.repeats)
         base = choice.rows[0]["milliseconds"]["median"]
         rows = [row | {"cost": row["milliseconds"]["median"] / base} for row in choice.rows]
         table = Table(title=f"{self.name}, {self.dtype}: time of a round")

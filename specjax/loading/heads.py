@@ -96,6 +96,13 @@ def heads_metadata(source: str | os.PathLike[str]) -> dict[str, Any]:
     return {} if native is None else json.loads(native.get("metadata", "{}"))
 
 
+def packaged_ranks(source: str | os.PathLike[str]) -> Path | None:
+    """The rank table (`specjax.analysis.ranks`) that lies beside heads, named like them with .ranks.npz, if any."""
+    file = _files(_resolve(source))[0]
+    ranks = file.with_name(file.name.removesuffix(file.suffix) + ".ranks.npz")
+    return ranks if ranks.is_file() else None
+
+
 def _resolve(source: str | os.PathLike[str]) -> Path:
     if isinstance(source, str):
         for name in (source, source.removesuffix("-medusa")):

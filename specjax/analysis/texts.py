@@ -1,0 +1,50 @@
+"""Text to measure on: the target's own greedy answers to prompts, or the shards of a distillation."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from specjax.analysis.ranks import Text
+from specjax.decode import generate_batch
+from specjax.errors import DataError
+from specjax.loading.load import Model
+from specjax.prompts import Prompt
+from specjax.training.distill import read_prompts, read_shards
+
+
+def greedy_answers(
+    model: Model,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int = 128,
+    batch_size: int = 16,
+    progress: Callable[[int], None] = lambda prompts: None,
+) -> list[Text]:
+    """Answers the first turn of every prompt, in batches of prompts of like length; the order is kept.
+
+    Raises:
+      DataError: no prompts, or a model without a tokenizer.
+    """
+    if not prompts or model.tokenizer is None:
+        raise DataError(f"{len(prompts)} prompts, tokenizer {model.tokenizer}; answering needs both.")
+    ids = [model.tokenizer.apply_chat_template([{"role": "user", "content": p.turns[0]}]) for p in prompts]
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    texts: dict[int, Text] = {}
+    for at in range(0, len(order), batch_size):
+        batch = order[at : at + batch_size]
+        made = generate_batch(model, [ids[i] for i in batch], max_new_tokens=max_new_tokens)
+        texts |= {i: Text(ids[i], out.tokens, prompts[i].category) for i, out in zip(batch, made, strict=True)}
+        progress(len(batch))
+    return [texts[i] for i in range(len(ids))]
+
+
+def shard_texts(paths: Sequence[Path], category: str = "distilled") -> list[Text]:
+    """The conversations of distillation shards.
+
+    Raises:
+      DataError: no shards, or shards without prompts.
+    """
+    answers = read_shards(paths)
+    parts = np.split(answers.tokens, np.cumsum(answers.lengths)[:-1])
+    return [Text(prompt, part, category) for prompt, part in zip(read_prompts(paths), parts, strict=True)]

@@ -1,0 +1,178 @@
+"""`specjax tree` and `specjax bench`: draw, measure, optimise and simulate draft trees, and time rounds."""
+
+import argparse
+import json
+from pathlib import Path
+
+TREE_HELP = "a published name, chain:4, cartesian:3,2,1, or a .json file"
+
+
+def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Adds `tree` and `bench` to the command line."""
+    tree = commands.add_parser("tree", help="draw, measure, optimise and simulate draft trees")
+    trees = tree.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    trees.add_parser("list", help="the published trees").set_defaults(function=_list)
+
+    show = trees.add_parser("show", help="draw a tree")
+    show.add_argument("tree", help=TREE_HELP)
+    show.add_argument("--png", type=Path, help="also draw it into this file")
+    show.set_defaults(function=_show)
+
+    measure = trees.add_parser("measure", help="record the heads' ranks on the model's own answers")
+    measure.add_argument("--model", required=True)
+    measure.add_argument("--heads", required=True)
+    measure.add_argument("--prompts", help="Spec-Bench JSONL (default: the prompts that ship with specjax)")
+    measure.add_argument("--max-new-tokens", type=int, default=128)
+    measure.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    measure.add_argument("--cap", type=int, default=32, help="ranks from here on are not told apart")
+    measure.add_argument("--save", type=Path, required=True, metavar="RANKS.npz")
+    measure.set_defaults(function=_measure)
+
+    optimise = trees.add_parser("optimise", help="the best tree for recorded ranks")
+    optimise.add_argument("--ranks", type=Path, required=True, help="what `specjax tree measure` saved")
+    optimise.add_argument("--search", choices=("joint", "independent", "sequoia"), default="joint")
+    size = optimise.add_mutually_exclusive_group(required=True)
+    size.add_argument("--nodes", type=int, help="the tree's size, root included")
+    size.add_argument("--round-times", type=Path, help="result.json of `specjax bench`: take the fastest size")
+    optimise.add_argument("--max-depth", type=int)
+    optimise.add_argument("--max-branching", type=int)
+    optimise.add_argument("--save", type=Path, metavar="TREE.json")
+    optimise.set_defaults(function=_optimise)
+
+    simulate = trees.add_parser("simulate", help="what trees would do on recorded text")
+    simulate.add_argument("trees", nargs="+", metavar="TREE", help=TREE_HELP)
+    simulate.add_argument("--ranks", type=Path, required=True)
+    simulate.add_argument("--round-times", type=Path, help="also predict the speed-up")
+    simulate.add_argument("--by-category", action="store_true")
+    simulate.set_defaults(function=_simulate)
+
+    bench = commands.add_parser("bench", help="time a round against the number of tree nodes on this machine")
+    bench.add_argument("--model", required=True)
+    bench.add_argument("--heads", required=True)
+    bench.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    bench.add_argument("--sizes", type=int, nargs="+", default=[1, 2, 4, 8, 12, 16, 24, 32, 48, 64])
+    bench.add_argument("--output-dir", type=Path, default=Path("results/bench"))
+    bench.set_defaults(function=_bench)
+
+
+def _list(options: argparse.Namespace, rest: list[str]) -> int:
+    from specjax.tree import Tree
+
+    for name in Tree.presets():
+        tree = Tree.preset(name)
+        print(f"{name}: {tree.size} nodes, depth {tree.max_depth}")
+    return 0
+
+
+def _show(options: argparse.Namespace, rest: list[str]) -> int:
+    from specjax.tree import Tree
+
+    tree = Tree.parse(options.tree)
+    print(tree.ascii())
+    print(f"{tree.size} nodes, depth {tree.max_depth}, {len(tree.leaves)} paths")
+    if options.png:
+        from matplotlib.figure import Figure
+
+        from specjax.analysis.tree_plot import draw_tree
+
+        figure = Figure(figsize=(9, 6), layout="constrained")
+        draw_tree(tree, figure.add_subplot())
+        figure.savefig(options.png, dpi=130)
+        print(f"wrote {options.png}")
+    return 0
+
+
+def _measure(options: argparse.Namespace, rest: list[str]) -> int:
+    import specjax as sj
+    from specjax.analysis.ranks import measure
+    from specjax.analysis.texts import greedy_answers
+    from specjax.prompts import load_prompts
+
+    if options.save.suffix != ".npz":
+        raise sj.ConfigError(f"rank tables are .npz files, not {options.save.name!r}; change the name.")
+    prompts = load_prompts(options.prompts)
+    model = sj.load_model(options.model, dtype=options.dtype)
+    heads = sj.load_heads(options.heads, model.config, dtype=options.dtype)
+    texts = greedy_answers(model, prompts, max_new_tokens=options.max_new_tokens)
+    table = measure(model, heads, [text for text in texts if len(text.answer) > 1], cap=options.cap)
+    table.save(options.save)
+    speed, answers = table.manifest["tokens_per_second"], len(table.lengths)
+    print(f"{len(table.tokens)} tokens of {answers} answers, {speed:.0f} a second")
+    for k in (1, 3, 5):
+        print(f"top-{k} accuracy by head:", " ".join(f"{share:.3f}" for share in table.accuracy(min(k, table.cap))))
+    print(f"wrote {options.save}")
+    return 0
+
+
+def _optimise(options: argparse.Namespace, rest: list[str]) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from specjax.analysis.ranks import RankTable
+    from specjax.analysis.search import SEARCHES, Limits
+    from specjax.analysis.simulate import simulate
+
+    table, limits = RankTable.load(options.ranks), Limits(options.max_depth, options.max_branching)
+    search, times = SEARCHES[options.search], _round_times(options.round_times)
+    sizes = [options.nodes] if times is None else [n for n in times.nodes if n > 1]
+    found = simulate(table, [search(table, size, limits) for size in sizes])
+    view = Table("nodes", "tokens per round", "accepted per round", *([] if times is None else ["predicted speed-up"]))
+    for one in found:
+        gain = [] if times is None else [f"{times.speedup(one.tree.size, one.tokens_per_round):.2f}"]
+        view.add_row(str(one.tree.size), f"{one.tokens_per_round:.3f}", f"{one.accepted_per_round:.3f}", *gain)
+    Console().print(view)
+    best = found[0]
+    if times is not None:
+        best = max(found, key=lambda one: times.speedup(one.tree.size, one.tokens_per_round))
+    print(best.tree.ascii())
+    if options.save:
+        best.tree.save(options.save)
+        print(f"wrote {options.save}")
+    return 0
+
+
+def _simulate(options: argparse.Namespace, rest: list[str]) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from specjax.analysis.ranks import RankTable
+    from specjax.analysis.simulate import simulate
+    from specjax.tree import Tree
+
+    table, times = RankTable.load(options.ranks), _round_times(options.round_times)
+    trees = [Tree.parse(text) for text in options.trees]
+    names = sorted(set(table.categories)) if options.by_category else []
+    parts = [simulate(table.category(name), trees) for name in names]
+    columns = ["tree", "nodes", "tokens per round", "accepted per round", "acceptance by depth", *names]
+    view = Table(*columns, *([] if times is None else ["predicted speed-up"]))
+    for i, (text, one) in enumerate(zip(options.trees, simulate(table, trees), strict=True)):
+        cells = [text, str(one.tree.size), f"{one.tokens_per_round:.3f}", f"{one.accepted_per_round:.3f}"]
+        cells.append(" ".join(f"{share:.2f}" for share in one.acceptance_by_depth))
+        cells += [f"{part[i].tokens_per_round:.3f}" for part in parts]
+        cells += [] if times is None else [f"{times.speedup(one.tree.size, one.tokens_per_round):.2f}"]
+        view.add_row(*cells)
+    Console().print(view)
+    return 0
+
+
+def _round_times(path: Path | None):  # type: ignore[no-untyped-def]  # RoundTimes is imported late
+    from specjax.analysis.round_time import RoundTimes
+    from specjax.errors import DataError
+
+    if path is None:
+        return None
+    try:
+        return RoundTimes.from_result(json.loads(path.read_text()))
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read the round times {path} ({error}); make them with `specjax bench`.") from error
+
+
+def _bench(options: argparse.Namespace, rest: list[str]) -> int:
+    from rich.console import Console
+
+    from specjax.analysis.round_time import RoundTime
+    from specjax.experiment import run_config
+
+    config = RoundTime("bench", options.model, options.heads, options.dtype, tuple(options.sizes))
+    return run_config(config, options.output_dir, Console())

@@ -1,0 +1,134 @@
+"""`specjax tree measure / optimise / simulate`, `specjax bench`, the tree-search experiment and its figures."""
+
+import json
+
+import numpy as np
+import pytest
+from rank_tables import table_of
+
+import specjax as sj
+from specjax.analysis import rank_plots
+from specjax.analysis.ranks import RankTable
+from specjax.analysis.search import joint_tree
+from specjax.analysis.simulate import simulate
+from specjax.analysis.tree_search import TreeSearch
+from specjax.cli import main
+from specjax.prompts import load_prompts
+from specjax.training.fit import Distillation
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    """Four prompts of two categories."""
+    file = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    rows = [{"question_id": i, "category": "ab"[i % 2], "turns": [f"say {i}"]} for i in range(4)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture(scope="module")
+def ranks(checkpoint, prompts, tmp_path_factory):
+    """A table that the command line measured."""
+    file = tmp_path_factory.mktemp("ranks") / "t.npz"
+    heads = str(checkpoint / "heads")
+    command = ["tree", "measure", "--model", str(checkpoint), "--heads", heads, "--prompts", str(prompts)]
+    assert main([*command, "--dtype", "float32", "--max-new-tokens", "20", "--cap", "16", "--save", str(file)]) == 0
+    return file
+
+
+def test_measured_tables_hold_the_models_own_answers(checkpoint, prompts, ranks, capsys):
+    table, model = RankTable.load(ranks), sj.load_model(checkpoint)
+    assert table.categories == ("a", "b", "a", "b")
+    assert table.cap == 16
+    for i, prompt in enumerate(load_prompts(prompts)):
+        ids = model.tokenizer.apply_chat_template([{"role": "user", "content": prompt.turns[0]}])
+        told = sj.generate(model, ids, max_new_tokens=20).tokens
+        np.testing.assert_array_equal(table.tokens[table.starts[i] :][: table.lengths[i]], told)
+    table.check(model, sj.load_heads(checkpoint / "heads", model.config))
+
+
+def test_optimise_saves_the_best_tree(ranks, tmp_path, capsys):
+    table, file = RankTable.load(ranks), tmp_path / "tree.json"
+    assert main(["tree", "optimise", "--ranks", str(ranks), "--nodes", "4", "--save", str(file)]) == 0
+    assert sj.Tree.load(file) == joint_tree(table, 4)
+    assert f"{simulate(table, [joint_tree(table, 4)])[0].tokens_per_round:.3f}" in capsys.readouterr().out
+    times = tmp_path / "result.json"
+    rows = [{"nodes": n, "milliseconds": {"median": ms}} for n, ms in ((1, 10.0), (2, 10.0), (3, 50.0))]
+    times.write_text(json.dumps({"rows": rows}))
+    assert main(["tree", "optimise", "--ranks", str(ranks), "--round-times", str(times), "--save", str(file)]) == 0
+    assert sj.Tree.load(file).size == 2
+    limited = ["tree", "optimise", "--ranks", str(ranks), "--nodes", "4", "--max-branching", "4", "--max-depth", "1"]
+    assert main([*limited, "--search", "sequoia", "--save", str(file)]) == 0
+    assert sj.Tree.load(file).max_depth == 1
+
+
+def test_simulate_prints_every_tree(ranks, capsys, tmp_path):
+    assert main(["tree", "simulate", "--ranks", str(ranks), "chain:1", "cartesian:3,2", "--by-category"]) == 0
+    out = capsys.readouterr().out
+    for tree in (sj.Tree.chain(1), sj.Tree.cartesian((3, 2))):
+        assert f"{simulate(RankTable.load(ranks), [tree])[0].tokens_per_round:.3f}" in out
+
+
+def test_bench_gives_round_times(checkpoint, ranks, tmp_path, capsys):
+    heads = str(checkpoint / "heads")
+    command = ["bench", "--model", str(checkpoint), "--heads", heads, "--sizes", "1", "3", "--dtype", "float32"]
+    assert main([*command, "--output-dir", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert [row["nodes"] for row in result["rows"]] == [1, 3]
+    times = str(tmp_path / "result.json")
+    assert main(["tree", "optimise", "--ranks", str(ranks), "--round-times", times]) == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["optimise", "--ranks", "nowhere.npz", "--nodes", "4"], "nowhere.npz"),
+        (["optimise", "--ranks", "RANKS", "--nodes", "0"], "size is 0"),
+        (["optimise", "--ranks", "RANKS", "--round-times", "nowhere.json"], "nowhere.json"),
+        (["simulate", "--ranks", "RANKS", "chain:5"], "5 deep"),
+        (["simulate", "--ranks", "RANKS", "nonsense"], "nonsense"),
+    ],
+)
+def test_refusals_in_one_line(ranks, capsys, command, message):
+    assert main(["tree", *(str(ranks) if part == "RANKS" else part for part in command)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_the_experiment_chooses_and_checks_a_tree(checkpoint, prompts, tmp_path, capsys):
+    from rich.console import Console
+
+    config = TreeSearch(
+        "tiny", str(checkpoint), str(checkpoint / "heads"), "float32",
+        Distillation(str(tmp_path / "data"), shards=2, held_out_shards=1, batch_size=6, max_answer_tokens=16),
+        str(prompts), max_new_tokens=16, cap=16, sizes=(2, 3, 5), timed_sizes=(2, 3, 5), timed_prompts=2, repeats=1,
+    )  # fmt: skip
+    result = config.run(tmp_path, Console())
+    json.dumps(result)
+    # Simulated and decoded on the same texts: the same, but for the prompts that were not decoded.
+    assert {row["nodes"] for row in result["rows"]} == {2, 3, 5}
+    assert result["chosen_nodes"] in (2, 3, 5)
+    assert sj.Tree.load(tmp_path / "tree.json").size == result["chosen_nodes"]
+    table = RankTable.load(tmp_path / "check.ranks.npz")
+    for method in result["measured"][1:]:
+        tree = joint_tree(RankTable.load(tmp_path / "search.ranks.npz"), method["tree_nodes"])
+        half = table.select(lambda i: i % 2 == 0)
+        assert simulate(half, [tree])[0].tokens_per_round == pytest.approx(method["tokens_per_round"])
+    figures = {path.stem for path in tmp_path.glob("*.png")}
+    assert figures >= {"rank_heatmap", "calibration", "tokens_against_nodes", "tree", "predicted_against_measured"}
+
+
+def test_edge_acceptance_by_hand():
+    table = table_of(ranks=[(0, 1), (0, 0), (2, 0), (0, 1), (9, 9), (0, 0), (0, 0)])
+    rates = rank_plots.edge_acceptance(table, sj.Tree.from_paths([(0,), (1,), (0, 1), (1, 0)]))
+    np.testing.assert_allclose(rates, [np.nan, 4 / 6, 0, 2 / 3, np.nan])
+
+
+def test_text_figures_take_any_text():
+    pieces = ["Hello", ",", " $world", "\n", "\n  x = 1", " and a line that is far too long for the width of the page"]
+    figure = rank_plots.text_acceptance(pieces, np.array([0, 2, 1, 0, 3, -1]), width=40)
+    shown = "".join(text.get_text() for text in figure.axes[0].texts)
+    assert "Hello" in shown
+    assert r"\$world" in shown
+    figure.canvas.draw()
