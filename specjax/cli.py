@@ -1,4 +1,7 @@
-"""The `specjax` command: run, generate, chat, tree, bench. Heavy imports wait until a command needs them."""
+"""The `specjax` command: run, generate, chat, tree, bench, convert.
+
+Heavy imports wait until a command needs them.
+"""
 
 import argparse
 import sys
@@ -48,6 +51,16 @@ def _parser() -> argparse.ArgumentParser:
     chat.set_defaults(function=_chat)
 
     add_commands(commands)
+
+    convert = commands.add_parser("convert", help="write Medusa heads in the layout of another engine")
+    convert.add_argument("--model", required=True, help="the heads' target, as for generate")
+    convert.add_argument("--heads", required=True, help="packaged name, file or directory, in any layout")
+    convert.add_argument("--to", required=True, help="medusa, medusa-v2, bundled, abyo, vllm, tensorrt-llm or native")
+    convert.add_argument("--output-dir", type=Path, required=True)
+    convert.add_argument("--base-model", help="what the config names as the base (default: --model)")
+    convert.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the heads (default: as they are)")
+    convert.add_argument("--copy-lm-head", action="store_true", help="for layouts in which heads cannot share it")
+    convert.set_defaults(function=_convert)
     return parser
 
 
@@ -156,6 +169,29 @@ def _chat(options: argparse.Namespace, rest: list[str]) -> int:
             continue
         messages.append({"role": "assistant", "content": text})
         console.print(f"[dim]{tally}[/dim]")
+    return 0
+
+
+def _convert(options: argparse.Namespace, rest: list[str]) -> int:
+    import specjax as sj
+    from specjax.loading.export import export_heads
+    from specjax.loading.heads import heads_metadata
+
+    model = sj.load_model(options.model)
+    heads = sj.load_heads(options.heads, model.config, dtype=options.dtype)
+    dtype = next(iter(heads.params.values())).dtype
+    if model.params.dtype != dtype:  # a stored copy of the LM head, or the base, has the heads' dtype
+        model = sj.load_model(options.model, dtype=dtype)
+    file = export_heads(
+        options.output_dir,
+        heads,
+        model,
+        options.to,
+        base_model=options.base_model or options.model,
+        copy_lm_head=options.copy_lm_head,
+        metadata=heads_metadata(options.heads),
+    )
+    print(f"wrote {file}")
     return 0
 
 

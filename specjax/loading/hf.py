@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,22 +55,33 @@ def load_hf(directory: str | os.PathLike[str], dtype: DTypeLike) -> tuple[Params
     return params, config
 
 
-def save_hf(directory: str | os.PathLike[str], params: Params, config: ModelConfig) -> None:
+def save_hf(
+    directory: str | os.PathLike[str],
+    params: Params,
+    config: ModelConfig,
+    *,
+    beside: Mapping[str, np.ndarray] | None = None,
+    more: Mapping[str, Any] | None = None,
+) -> None:
     """Writes a directory that transformers and `load_hf` read: config.json and one model.safetensors.
+
+    Args:
+      beside: further tensors for the file, such as Medusa heads.
+      more: further entries for the config.
 
     Raises:
       CheckpointError: rotary scaling by `divisors`, which only GGUF files can express.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_hf_config(params, config), indent=2)
+    text = json.dumps(_hf_config(params, config) | dict(more or {}), indent=2)
     plan = layout.layout(config, layout.HF_NAMES)
     stored = {
         name: np.ascontiguousarray(plan.view(piece, np.asarray(leaf))).reshape(plan.shape(piece))
         for leaf, pieces in zip(jax.tree.leaves(params), plan.pieces, strict=True)
         for name, piece in pieces
     }
-    safetensors.numpy.save_file(stored, directory / tensors.SINGLE, metadata={"format": "pt"})
+    safetensors.numpy.save_file(stored | dict(beside or {}), directory / tensors.SINGLE, metadata={"format": "pt"})
     (directory / "config.json").write_text(text + "\n", "utf-8")
 
 

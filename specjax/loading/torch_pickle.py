@@ -1,4 +1,4 @@
-"""Reads tensors out of a `torch.save` file without torch and without executing the pickle in it.
+"""Reads tensors out of a `torch.save` file without torch and without executing the pickle in it, and writes them.
 
 The file is a zip archive: a pickle that describes tensors, and their raw storages beside it. The unpickler knows the
 few names that a state dict needs and refuses every other; what it builds are plain tuples of strings and numbers, which
@@ -6,10 +6,11 @@ are checked before a byte of a storage is read.
 """
 
 import collections
+import io
 import math
 import pickle
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,3 +122,68 @@ def _stored(name: str, described: Any, path: Path, root: str, entries: dict[str,
             f"{path}: {name!r} of shape {shape}, strides {strides} and offset {offset} exceeds its storage of {held}."
         )
     return tensor
+
+
+def write(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes a state dict as `torch.save` does: `torch.load(path, weights_only=True)` reads it.
+
+    Raises:
+      CheckpointError: a dtype that torch files do not have here.
+    """
+    kinds = {dtype: kind for kind, dtype in _STORAGES.items()}
+    strange = {name: str(array.dtype) for name, array in tensors.items() if array.dtype not in kinds}
+    if strange:
+        raise CheckpointError(f"cannot write {strange} to {path}; expected one of {', '.join(map(str, kinds))}.")
+    described = {
+        name: _Tensor(_Storage(kinds[array.dtype], str(key), array.size), array.shape)
+        for key, (name, array) in enumerate(tensors.items())
+    }
+    stream = io.BytesIO()
+    _Pickler(stream, protocol=2).dump(described)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr("archive/data.pkl", stream.getvalue())
+        archive.writestr("archive/byteorder", b"little")
+        for key, array in enumerate(tensors.values()):
+            archive.writestr(f"archive/data/{key}", np.ascontiguousarray(array).tobytes())
+        archive.writestr("archive/version", b"3\n")
+
+
+@dataclass(frozen=True)
+class _Global:
+    """A name in torch, which need not be importable here."""
+
+    module: str
+    name: str
+
+    def __call__(self) -> None: ...  # pickle demands that what rebuilds an object is callable
+
+
+@dataclass(frozen=True)
+class _Storage:
+    kind: str
+    key: str
+    size: int
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    storage: _Storage
+    shape: tuple[int, ...]
+
+
+class _Pickler(pickle._Pickler):  # the Python version: the C one looks names up itself
+    def persistent_id(self, obj: Any) -> Any:
+        return ("storage", _Global("torch", obj.kind), obj.key, "cpu", obj.size) if isinstance(obj, _Storage) else None
+
+    def save(self, obj: Any, save_persistent_id: bool = True) -> Any:
+        if isinstance(obj, _Global):
+            self.write(pickle.GLOBAL + f"{obj.module}\n{obj.name}\n".encode())  # type: ignore[attr-defined]
+            return None
+        return super().save(obj, save_persistent_id)  # type: ignore[misc]
+
+    def reducer_override(self, obj: Any) -> Any:
+        if not isinstance(obj, _Tensor):
+            return NotImplemented
+        strides = tuple(math.prod(obj.shape[axis + 1 :]) for axis in range(len(obj.shape)))
+        arguments: tuple[Any, ...] = (obj.storage, 0, obj.shape, strides, False, collections.OrderedDict())
+        return _Global("torch._utils", "_rebuild_tensor_v2"), arguments

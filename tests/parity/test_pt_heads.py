@@ -11,6 +11,7 @@ import torch
 from specjax.config import ModelConfig
 from specjax.errors import CheckpointError
 from specjax.heads import project
+from specjax.loading import torch_pickle
 from specjax.loading.heads import load_heads
 
 D, V, HEADS, LAYERS = 8, 20, 3, 2
@@ -110,3 +111,17 @@ def test_whole_modules_are_refused(file):
     torch.save(_modules(), file)
     with pytest.raises(CheckpointError, match="refused"):
         load_heads(file, TARGET)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.int64, ml_dtypes.bfloat16])
+def test_torch_reads_what_is_written_without_it(dtype, tmp_path):
+    rng = np.random.default_rng(0)
+    tensors = {"0.0.linear.weight": rng.normal(size=(4, 3)), "a": rng.normal(size=5), "none": np.zeros((0, 2))}
+    tensors = {name: (10 * value).astype(dtype) for name, value in tensors.items()}
+    torch_pickle.write(tmp_path / "t.pt", tensors)
+    loaded = torch.load(tmp_path / "t.pt", weights_only=True)
+    assert list(loaded) == list(tensors)
+    for name, value in tensors.items():
+        assert tuple(loaded[name].shape) == value.shape
+        np.testing.assert_array_equal(loaded[name].double().numpy(), value.astype(np.float64))
+        np.testing.assert_array_equal(torch_pickle.read(torch_pickle.scan(tmp_path / "t.pt")[name]), value)
