@@ -42,6 +42,16 @@ class Contender:
         return jnp.dtype(self.model.params.dtype).name
 
     @property
+    def sampling(self) -> Acceptance:
+        """How an autoregressive baseline decodes for this contender: typical acceptance is set beside greedy decoding."""
+        return self.acceptance if self.acceptance.lossless else Greedy()
+
+    @property
+    def kind(self) -> tuple[str, Acceptance]:
+        """What a contender shares with its baseline."""
+        return self.dtype, self.sampling
+
+    @property
     def autoregressive(self) -> bool:
         """Whether this is a baseline."""
         return self.drafter.tree.size == 1
@@ -90,13 +100,13 @@ def compare(
     """Decodes every request with every contender, alternating, and gives the `methods` records of a result.
 
     Args:
-      contenders: with one autoregressive contender for each dtype among them.
+      contenders: with one autoregressive contender for each dtype and temperature among them.
       repeats: timed runs per request and contender; their median counts.
       progress: called after every timed run.
 
     Raises:
       DataError: no requests, or a generation without a single round (EOS at once) for all of them.
-      ConfigError: a dtype without its baseline, or a budget under 2 (the first token comes from the prefill).
+      ConfigError: a dtype or temperature without its baseline, or a budget under 2 (the first token comes from the prefill).
     """
     if not requests:
         raise DataError("there are no prompts; pass at least one.")
@@ -104,11 +114,12 @@ def compare(
         raise ConfigError(
             f"max_new_tokens is {max_new_tokens}; timing needs at least 2, the first comes from the prefill."
         )
-    baselines = {c.dtype: i for i, c in enumerate(contenders) if c.autoregressive}
+    baselines = {c.kind: i for i, c in enumerate(contenders) if c.autoregressive}
     for contender in contenders:
-        if contender.dtype not in baselines:
+        if contender.kind not in baselines:
             raise ConfigError(
-                f"{contender.name} runs in {contender.dtype}, which has no autoregressive method beside it."
+                f"{contender.name} runs in {contender.dtype} with {contender.sampling}, which has no autoregressive "
+                "method beside it."
             )
     depth = max(c.drafter.tree.max_depth for c in contenders)
     longest = max(len(r.ids) for r in requests)
@@ -137,15 +148,17 @@ def compare(
     if not kept:
         raise DataError("every prompt was answered by its first token alone; there is nothing to time.")
     rates = np.array([[r[p].tokens_per_second for p in kept] for r in runs])
-    fastest = max(baselines.values(), key=lambda i: float(np.median(rates[i])))
     records = []
     for i, contender in enumerate(contenders):
-        base = baselines[contender.dtype]
+        base = baselines[contender.kind]
+        alike = [baselines[c.kind] for c in contenders if c.sampling == contender.sampling]
+        fastest = max(alike, key=lambda j: float(np.median(rates[j])))
         record: dict[str, Any] = {
             "name": contender.name,
             "dtype": contender.dtype,
             "tree_nodes": contender.drafter.tree.size,
             "lossless": contender.acceptance.lossless,
+            "temperature": getattr(contender.acceptance, "temperature", 0.0),
             "tokens_per_second": _spread(rates[i]),
             **_acceptance([runs[i][p].generation for p in kept], contender.drafter.tree.max_depth),
             "compile_seconds": compile_seconds[i],
@@ -157,7 +170,8 @@ def compare(
                     "name": contenders[fastest].name,
                     **_spread(rates[i] / rates[fastest]),
                 }
-            record["identical_to_autoregressive"] = _identity(contender.model, requests, runs[i], runs[base])
+            if isinstance(contender.acceptance, Greedy):  # samples differ, whatever their law
+                record["identical_to_autoregressive"] = _identity(contender.model, requests, runs[i], runs[base])
             record["per_category"] = {
                 category: {
                     "tokens_per_round": _acceptance(

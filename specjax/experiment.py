@@ -16,12 +16,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from specjax.acceptance import Acceptance, Greedy, Sample
 from specjax.analysis.plots import save_decode_figures
 from specjax.analysis.round_time import choose_tree
 from specjax.analysis.search import expected_tokens, greedy_tree
 from specjax.analysis.tree_search import packaged_trees
 from specjax.bench import Contender, Request, compare, environment
 from specjax.drafters.base import NoDrafter
+from specjax.drafters.build import build_drafter
 from specjax.drafters.medusa import MedusaDrafter
 from specjax.errors import ConfigError, PromptError
 from specjax.loading.heads import heads_metadata, load_heads
@@ -60,8 +62,19 @@ class Method:
 
     name: str
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    heads: str | None = None  # a path or a packaged name; None: autoregressive
-    tree: str = "auto"  # what Tree.parse takes, or "auto": the fastest measured on this machine for this dtype
+    heads: str | None = None  # a path or a packaged name
+    # What Tree.parse takes (for a hybrid one per part, joined by "+"), or, for Medusa heads, "auto": the fastest
+    # measured on this machine for this dtype.
+    tree: str = "auto"
+    drafter: str | None = None  # as `specjax generate --drafter`; None: medusa if there are heads, otherwise none
+    draft_model: str | None = None
+    temperature: float = 0.0  # 0: greedy; above: lossless sampling
+    top_p: float = 1.0
+
+    @property
+    def acceptance(self) -> Acceptance:
+        """Greedy or sampling."""
+        return Sample(self.temperature, top_p=self.top_p) if self.temperature else Greedy()
 
 
 @dataclass(frozen=True)
@@ -129,11 +142,20 @@ class DecodeExperiment:
         output_dir: Path,
         console: Console,
     ) -> Contender:
+        named = method.drafter or ("none" if method.heads is None else "medusa")
+        if named != "medusa" or method.tree != "auto":
+            drafter = build_drafter(
+                named,
+                model,
+                tree=None if method.tree == "auto" else method.tree,
+                heads=method.heads,
+                draft_model=method.draft_model,
+                acceptance=method.acceptance,
+            )
+            return Contender(method.name, model, drafter or NoDrafter(), method.acceptance)
         if method.heads is None:
-            return Contender(method.name, model, NoDrafter())
+            raise ConfigError(f"the method {method.name!r} drafts with Medusa heads, but names none; set heads.")
         heads = load_heads(method.heads, model.config, dtype=model.params.dtype)
-        if method.tree != "auto":
-            return Contender(method.name, model, MedusaDrafter(heads, Tree.parse(method.tree)))
         with console.status(f"choosing the tree for {method.name} on this machine"):
             choice = choose_tree(model, heads, self._candidates(method), request.ids)
         chosen[method.name, method.dtype] = {
@@ -145,7 +167,7 @@ class DecodeExperiment:
             f"{method.name}: a tree of {choice.tree.size} nodes is the fastest of {list(self.tree_sizes)} here"
         )
         choice.tree.save(output_dir / f"tree_{method.name}.json")
-        return Contender(method.name, model, MedusaDrafter(heads, choice.tree))
+        return Contender(method.name, model, MedusaDrafter(heads, choice.tree), method.acceptance)
 
     def _candidates(self, method: Method) -> list[tuple[Tree, float]]:
         assert method.heads is not None
@@ -170,7 +192,7 @@ def decode_table(result: dict[str, Any]) -> Table:
     for m in result["methods"]:
         speed, same = m.get("speedup"), m.get("identical_to_autoregressive")
         table.add_row(
-            f"{m['name']}\n{m['dtype']}",
+            f"{m['name']}\n{m['dtype']}" + (f", T={m['temperature']:g}" if m["temperature"] else ""),
             str(m["tree_nodes"]),
             f"{m['tokens_per_round']:.2f}\n({m['accepted_per_round']:.2f})",
             _cell(m["tokens_per_second"], ".1f"),

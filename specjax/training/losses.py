@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from specjax.heads import Heads, project
 
-LOGIT_BYTES = 64 << 20  # of float32 logits that exist at once, for all heads together
+LOGIT_BYTES = 128 << 20  # of float32 logits that exist at once, for all heads together
 IGNORED = -100  # label of a position that counts for nothing
 
 
@@ -46,13 +46,15 @@ def head_cross_entropy(logits: Float[Array, "C T V"], labels: Int[Array, "T C"])
 def chunked_cross_entropy(
     heads: Heads, projection: Float[Array, "R D"] | None, features: Float[Array, "T D"], labels: Int[Array, "T C"]
 ) -> Float[Array, "C"]:
-    """`head_cross_entropy` of the heads' logits, a chunk of positions at a time: no array of T x C x V exists.
+    """`head_cross_entropy` of the heads' logits, a chunk of positions at a time: no large array of T x C x V exists.
 
-    Each chunk's logits are computed again in the backward pass. A chunk's logits take at most `LOGIT_BYTES`, or one
-    position.
+    A chunk's logits take at most `LOGIT_BYTES`, or one position. Where there are several chunks, each one's logits are
+    computed again in the backward pass.
     """
     total, width = features.shape[0], 4 * labels.shape[1] * heads.config.output_size
     chunks = -(-total // max(1, LOGIT_BYTES // width))
+    if chunks == 1:
+        return head_cross_entropy(project(heads, projection, features), labels)
     size = -(-total // chunks)
     features = jnp.pad(features, ((0, chunks * size - total), (0, 0)))
     labels = jnp.pad(labels, ((0, chunks * size - total), (0, 0)), constant_values=IGNORED)

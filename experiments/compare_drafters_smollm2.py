@@ -1,0 +1,33 @@
+"""Every drafter in one run: no drafter, a draft model (vanilla speculative decoding), n-grams, Medusa heads, hybrids.
+
+specjax run experiments/compare_drafters_smollm2.py
+"""
+
+from specjax.experiment import DecodeExperiment, Decoding, Method, Prompts
+
+HEADS, DRAFT = "smollm2-135m-instruct", "smollm2-draft"
+DRAFTERS = {  # name -> (drafter, tree)
+    "vanilla": ("draft", "chain:2"),
+    "ngram": ("ngram", "chain:4"),
+    "medusa": ("medusa", "cartesian:3,1"),
+    "ngram+medusa": ("ngram+medusa", "chain:3+cartesian:3,1"),
+    "ngram+vanilla": ("ngram+draft", "chain:3+chain:2"),
+}
+
+
+def get_config() -> DecodeExperiment:
+    methods = []
+    for temperature in (0.0, 0.7, 1.0):
+        suffix = f"_T{temperature:g}" if temperature else ""
+        methods.append(Method("autoregressive" + suffix, temperature=temperature))
+        methods += [
+            Method(name + suffix, heads=HEADS, tree=tree, drafter=kind, draft_model=DRAFT, temperature=temperature)
+            for name, (kind, tree) in DRAFTERS.items()
+        ]
+    return DecodeExperiment(
+        name="compare_drafters_smollm2",
+        model="smollm2-135m-instruct",
+        methods=tuple(methods),
+        prompts=Prompts(per_category=4),
+        decoding=Decoding(max_new_tokens=64),
+    )
