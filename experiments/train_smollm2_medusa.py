@@ -32,6 +32,6 @@ def get_config() -> FitHeads:
     return FitHeads(
         name="train_smollm2_medusa",
         model="smollm2-135m-instruct",
-        data=Distillation(shards=37, held_out_shards=2),
-        training=TrainConfig(epochs=5, batch_size=1024, learning_rate=2e-3),
+        data=Distillation(shards=90, held_out_shards=2),
+        training=TrainConfig(epochs=3, batch_size=1024, learning_rate=2e-3),
     )

@@ -20,7 +20,7 @@ from specjax.errors import (
 )
 from specjax.heads import Heads, MedusaConfig
 from specjax.loading.heads import load_heads, save_heads
-from specjax.loading.load import Model, load_model
+from specjax.loading.load import Model, load_draft, load_model
 from specjax.tree import Tree
 
 __version__ = "0.1.0"
@@ -48,6 +48,7 @@ __all__ = [
     "Typical",
     "generate",
     "generate_batch",
+    "load_draft",
     "load_heads",
     "load_model",
     "save_heads",

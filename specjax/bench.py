@@ -43,7 +43,7 @@ class Contender:
 
     @property
     def sampling(self) -> Acceptance:
-        """How an autoregressive baseline decodes for this contender: typical acceptance is set beside greedy decoding."""
+        """How the autoregressive baseline decodes: typical acceptance is set beside greedy decoding."""
         return self.acceptance if self.acceptance.lossless else Greedy()
 
     @property
@@ -106,7 +106,8 @@ def compare(
 
     Raises:
       DataError: no requests, or a generation without a single round (EOS at once) for all of them.
-      ConfigError: a dtype or temperature without its baseline, or a budget under 2 (the first token comes from the prefill).
+      ConfigError: a dtype or temperature without its baseline, or a budget under 2 (the first token comes from the
+        prefill).
     """
     if not requests:
         raise DataError("there are no prompts; pass at least one.")

@@ -20,11 +20,16 @@ def _axes(title: str, ylabel: str, width: float = 6.0) -> tuple[Figure, Axes]:
     return figure, axes
 
 
+def _width(bars: float) -> float:
+    return max(7.5, 0.62 * bars)
+
+
 def tokens_per_round(result: dict[str, Any]) -> Figure:
     """Tokens committed per target forward, by category and in all, for every speculative method."""
     methods = [m for m in result["methods"] if "per_category" in m]
-    figure, axes = _axes("Tokens per target forward (1 = autoregressive)", "tokens per round", 7.5)
     categories = list(dict.fromkeys(c for m in methods for c in m["per_category"]))
+    bars = len(methods) * (len(categories) + 1)
+    figure, axes = _axes("Tokens per target forward (1 = autoregressive)", "tokens per round", _width(bars / 2))
     width = 0.8 / max(len(methods), 1)
     for i, method in enumerate(methods):
         values = [method["per_category"][c]["tokens_per_round"] for c in categories] + [method["tokens_per_round"]]
@@ -57,13 +62,15 @@ def acceptance_by_depth(result: dict[str, Any]) -> Figure:
 def speed(result: dict[str, Any]) -> Figure:
     """Tokens per second of the decoding loop; the bar is the median, the line spans the prompts."""
     methods = result["methods"]
-    figure, axes = _axes("Decoding speed: median and range over prompts", "tokens per second", 7.5)
+    figure, axes = _axes("Decoding speed: median and range over prompts", "tokens per second", _width(len(methods)))
     middle = [m["tokens_per_second"]["median"] for m in methods]
     low = [m["tokens_per_second"]["median"] - m["tokens_per_second"]["min"] for m in methods]
     high = [m["tokens_per_second"]["max"] - m["tokens_per_second"]["median"] for m in methods]
     colours = [_BLUE if "speedup" in m else _GREY for m in methods]
     names = [m["name"] + (f"\n{m['speedup']['median']:.2f}x" if "speedup" in m else "") for m in methods]
     axes.bar(names, middle, color=colours, width=0.6, yerr=[low, high], capsize=4, ecolor="#444444")
+    if len(names) > 8:
+        axes.tick_params(axis="x", rotation=40, labelsize=8)
     return figure
 
 

@@ -1,0 +1,126 @@
+"""Losslessness on real weights: greedy identity of every drafter on SmolLM2, and sampling on the shipped draft model."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import noisy_heads
+
+import specjax as sj
+from specjax.analysis.two_sample import p_value, sample
+from specjax.drafters.build import build_drafter
+from specjax.prompts import load_prompts
+
+# drafter, tree
+GREEDY = [
+    ("draft", "chain:2"),
+    ("draft", "cartesian:2,1"),
+    ("ngram", "chain:4"),
+    ("ngram+medusa", "chain:3+cartesian:3,1"),
+    ("medusa+draft", "cartesian:2,1+chain:2"),
+]
+
+
+@pytest.fixture(scope="module")
+def prompts(smollm2):
+    """40 prompts, shortest first, so that batches pad little."""
+    ids = [
+        smollm2.tokenizer.apply_chat_template([{"role": "user", "content": p.turns[0]}])
+        for p in load_prompts()
+        if p.question_id <= 40
+    ]
+    assert len(ids) == 40
+    return sorted(ids, key=len)
+
+
+def answers(smollm2, prompts, drafter):
+    """128 tokens for each prompt, in batches."""
+    request = {"drafter": drafter, "max_new_tokens": 128, "capacity": 512}
+    return [out for at in (0, 20) for out in sj.generate_batch(smollm2, prompts[at : at + 20], **request)]
+
+
+@pytest.fixture(scope="module")
+def autoregressive(smollm2, prompts):
+    return answers(smollm2, prompts, None)
+
+
+@pytest.mark.parametrize(("name", "tree"), GREEDY, ids=lambda text: text)
+def test_greedy_output_is_autoregressive_on_40_prompts_of_128_tokens(smollm2, prompts, autoregressive, name, tree):
+    heads, draft = "smollm2-135m-instruct", "smollm2-draft"
+    drafter = build_drafter(name, smollm2, tree=tree, heads=heads, draft_model=draft)
+    rounds = 0
+    for ours, theirs in zip(answers(smollm2, prompts, drafter), autoregressive, strict=True):
+        np.testing.assert_array_equal(ours.tokens, theirs.tokens)
+        rounds += ours.rounds
+    committed = sum(len(out.tokens) - 1 for out in autoregressive)
+    assert committed / rounds > 1.1  # a guard: every drafter is accepted somewhere
+
+
+@pytest.fixture(scope="module")
+def small():
+    """The shipped draft model as a target: a trained Qwen2."""
+    model, token_map = sj.load_draft("smollm2-draft")
+    assert model.config.family == "qwen2"
+    assert model.params.layers[0].qkv_bias is not None
+    assert token_map.shape == (model.config.vocab_size,)
+    return model
+
+
+def disturbed(model):
+    """A draft of the same kind that is often wrong."""
+    leaves, structure = jax.tree.flatten(model.params)
+    keys = jax.random.split(jax.random.key(3), len(leaves))
+    noisy = [x + 0.3 * x.std() * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    return dataclasses.replace(model, params=jax.tree.unflatten(structure, noisy))
+
+
+PROMPT = [11, 210, 35, 900, 11, 210, 35, 900, 11, 210]
+
+
+@functools.cache
+def plain(seed):
+    """Autoregressive samples."""
+    return draw(sj.load_draft("smollm2-draft")[0], None, seed)[0]
+
+
+def draw(model, drafter, seed, samples=20_000):
+    """Three tokens at temperature 1."""
+    return sample(
+        model, PROMPT, drafter=drafter, acceptance=sj.Sample(), length=3, samples=samples, batch_size=1000,
+        key=jax.random.key(seed),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["draft chain", "draft tree", "ngram", "medusa", "ngram + draft"])
+def test_sampling_is_the_targets_on_real_weights(small, name):
+    """T = 1, three tokens, 20,000 samples with and without speculation."""
+    wrong = disturbed(small)
+    chain = sj.DraftModelDrafter(wrong, sj.Tree.chain(2), temperature=1.0)
+    drafter = {
+        "draft chain": chain,
+        "draft tree": dataclasses.replace(chain, tree=sj.Tree.cartesian((2, 1))),
+        "ngram": sj.NgramDrafter(sj.Tree.cartesian((2, 1))),
+        "medusa": sj.MedusaDrafter(noisy_heads(small, 2), sj.Tree.cartesian((3, 2))),
+        "ngram + draft": sj.HybridDrafter((sj.NgramDrafter(sj.Tree.chain(2)), chain)),
+    }[name]
+    ours, accepted = draw(small, drafter, seed=len(name))
+    assert accepted > 0.01
+    assert p_value(plain(0), ours) > 1e-3
+
+
+def test_two_autoregressive_samples_agree_and_a_greedier_one_does_not(small):
+    assert p_value(plain(0), plain(1)) > 1e-3
+    cooler, _ = sample(
+        small, PROMPT, drafter=None, acceptance=sj.Sample(0.9), length=3, samples=20_000, batch_size=1000,
+        key=jax.random.key(5),
+    )  # fmt: skip
+    assert p_value(plain(0), cooler) < 1e-3
+
+
+def test_the_shipped_draft_is_small_and_knows_its_target(smollm2):
+    model, token_map = sj.load_draft("smollm2-draft", dtype=jnp.bfloat16)
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)) < 16e6
+    sj.DraftModelDrafter(model, sj.Tree.chain(1), token_map=jnp.asarray(token_map)).check(smollm2)
