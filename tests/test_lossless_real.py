@@ -1,4 +1,4 @@
-"""Losslessness on real weights: greedy identity of every drafter on SmolLM2, and sampling on the shipped draft model."""
+"""Losslessness on real weights: greedy identity of every drafter on SmolLM2, sampling on the shipped draft model."""
 
 import dataclasses
 import functools
@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import noisy_heads
 
 import specjax as sj
 from specjax.analysis.two_sample import p_value, sample
@@ -77,47 +76,52 @@ def disturbed(model):
     return dataclasses.replace(model, params=jax.tree.unflatten(structure, noisy))
 
 
-PROMPT = [11, 210, 35, 900, 11, 210, 35, 900, 11, 210]
+@pytest.fixture(scope="module")
+def repeated(smollm2, small):
+    """A question, its greedy answer and the question again, in the draft's tokens: what n-grams are good at."""
+    token_map = sj.load_draft("smollm2-draft")[1].tolist()
+    chat = smollm2.tokenizer.apply_chat_template([{"role": "user", "content": "Name three rivers."}])
+    question = [token_map.index(t) for t in chat if t in token_map]
+    return [*question, *sj.generate(small, question, max_new_tokens=12, eos_token_ids=()).tokens, *question]
 
 
-@functools.cache
-def plain(seed):
-    """Autoregressive samples."""
-    return draw(sj.load_draft("smollm2-draft")[0], None, seed)[0]
+@pytest.fixture(scope="module")
+def draw(small, repeated):
+    """Samples three tokens, 20,000 times."""
+
+    @functools.cache
+    def plain(seed, temperature=1.0):
+        return sampled(None, seed, temperature)[0]
+
+    def sampled(drafter, seed, temperature=1.0):
+        return sample(
+            small, repeated, drafter=drafter, acceptance=sj.Sample(temperature), length=3, samples=20_000,
+            batch_size=500, key=jax.random.key(seed),
+        )  # fmt: skip
+
+    return plain, sampled
 
 
-def draw(model, drafter, seed, samples=20_000):
-    """Three tokens at temperature 1."""
-    return sample(
-        model, PROMPT, drafter=drafter, acceptance=sj.Sample(), length=3, samples=samples, batch_size=1000,
-        key=jax.random.key(seed),
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("name", ["draft chain", "draft tree", "ngram", "medusa", "ngram + draft"])
-def test_sampling_is_the_targets_on_real_weights(small, name):
+@pytest.mark.parametrize("name", ["draft chain", "draft tree", "ngram"])
+def test_sampling_is_the_targets_on_real_weights(small, draw, name):
     """T = 1, three tokens, 20,000 samples with and without speculation."""
+    plain, sampled = draw
     wrong = disturbed(small)
     chain = sj.DraftModelDrafter(wrong, sj.Tree.chain(2), temperature=1.0)
     drafter = {
         "draft chain": chain,
         "draft tree": dataclasses.replace(chain, tree=sj.Tree.cartesian((2, 1))),
         "ngram": sj.NgramDrafter(sj.Tree.cartesian((2, 1))),
-        "medusa": sj.MedusaDrafter(noisy_heads(small, 2), sj.Tree.cartesian((3, 2))),
-        "ngram + draft": sj.HybridDrafter((sj.NgramDrafter(sj.Tree.chain(2)), chain)),
     }[name]
-    ours, accepted = draw(small, drafter, seed=len(name))
-    assert accepted > 0.01
+    ours, accepted = sampled(drafter, len(name))
+    assert accepted > 0.1
     assert p_value(plain(0), ours) > 1e-3
 
 
-def test_two_autoregressive_samples_agree_and_a_greedier_one_does_not(small):
+def test_two_autoregressive_samples_agree_and_a_greedier_one_does_not(draw):
+    plain, _ = draw
     assert p_value(plain(0), plain(1)) > 1e-3
-    cooler, _ = sample(
-        small, PROMPT, drafter=None, acceptance=sj.Sample(0.9), length=3, samples=20_000, batch_size=1000,
-        key=jax.random.key(5),
-    )  # fmt: skip
-    assert p_value(plain(0), cooler) < 1e-3
+    assert p_value(plain(0), plain(5, 0.9)) < 1e-3
 
 
 def test_the_shipped_draft_is_small_and_knows_its_target(smollm2):

@@ -1,0 +1,127 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # From loss to acceptance: training Medusa heads
+#
+# Medusa heads are small: each reads the target's last hidden state and guesses one token further ahead. They are trained
+# on the target's **own** text, because that is what they will have to predict. Here the target is the 5-million-parameter
+# Qwen2 that ships with specjax (usually the draft model of a larger one), so that everything takes seconds.
+
+# %%
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+
+import specjax as sj
+from specjax.heads import init_heads
+from specjax.training.distill import answer, distinct
+from specjax.training.trainer import TrainConfig, dataset, train
+
+target, token_map = sj.load_draft("smollm2-draft")
+print(target.config.family, "of", sum(leaf.size for leaf in jax.tree.leaves(target.params)), "parameters")
+
+# %% [markdown]
+# ## Text of its own
+#
+# We let the model write, from random beginnings, at temperature 1. `answer` decodes a batch by `vmap` and keeps the hidden
+# state that predicted every token, so that no second pass over the text is needed. A second batch is held out.
+
+# %%
+rng = np.random.default_rng(0)
+common = np.arange(200, 2000)
+
+
+def write(conversations, seed):
+    prompts = rng.choice(common, (conversations, 4))
+    told = answer(target, prompts, acceptance=sj.Sample(0.6), max_new_tokens=96, key=jax.random.key(seed))
+    return distinct(told)
+
+
+text, held_out = write(256, 0), write(64, 1)
+print(len(text.tokens), "tokens to train on,", len(held_out.tokens), "held out")
+
+# %% [markdown]
+# ## Labels
+#
+# Feature *j* predicted token *j*. The LM head has that token already, so head 1 is to give token *j + 1*, head 2 token
+# *j + 2*, and so on. One position off, and trained heads accept nothing: the most common way to get this wrong.
+
+# %%
+heads = init_heads(
+    sj.MedusaConfig(3, target.config.hidden_size, target.config.vocab_size, projection="shared"), target.params
+)
+data = dataset(text, heads)
+print("tokens:            ", text.tokens[:8].tolist())
+print("labels at feature 0:", data.labels[0].tolist())
+
+# %% [markdown]
+# ## Train
+#
+# Only the heads have gradients. The heads start as copies of the LM head, so the first loss is that of guessing the next
+# token in place of later ones. Checkpoints hold the optimiser and the position in the data: a killed run goes on where it
+# stopped, with the same losses.
+
+# %%
+folder = Path(tempfile.mkdtemp())
+settings = TrainConfig(epochs=6, batch_size=512, learning_rate=3e-3)
+trained, log = train(heads, target.params, data, dataset(held_out, heads), settings, folder)
+
+steps = [record for record in log if "losses" in record]
+evaluations = [record for record in log if "eval" in record]
+figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+for head in range(3):
+    left.plot([r["step"] for r in steps], [r["losses"][head] for r in steps], label=f"head {head + 1}")
+    top1 = [r["eval"]["accuracy"]["top1"][head] for r in evaluations]
+    right.plot([r["step"] for r in evaluations], top1, marker="o", label=f"head {head + 1}")
+left.set_title("loss, nats", loc="left", size=10)
+right.set_title("top-1 accuracy on held-out text", loc="left", size=10)
+for axes in (left, right):
+    axes.set_xlabel("step")
+    axes.spines[["top", "right"]].set_visible(False)
+left.legend(frameon=False)
+plt.show()
+
+# %% [markdown]
+# ## What it is worth
+#
+# Accuracy is not the aim: accepted drafts are. The same tree, before and after training, on beginnings that were not
+# trained on.
+
+# %%
+tree = sj.Tree.cartesian((3, 2, 1))
+prompts = rng.choice(common, (8, 4))
+
+
+def tokens_per_round(candidate):
+    drafter = sj.MedusaDrafter(candidate, tree)
+    outs = sj.generate_batch(target, prompts, drafter=drafter, max_new_tokens=96)
+    return sum(int((out.accepted_lengths + 1).sum()) for out in outs) / sum(out.rounds for out in outs)
+
+
+before, after = tokens_per_round(heads), tokens_per_round(trained)
+print(f"tokens per round: {before:.2f} before, {after:.2f} after training")
+assert after > before
+
+# %% [markdown]
+# Real heads want more text: those for SmolLM2 saw a million tokens (`experiments/train_smollm2_medusa.py` has the learning
+# curve). What they are worth on which text is the next notebook's subject.
+
+# %%
+sj.save_heads(folder / "heads.safetensors", trained)
+again = sj.load_heads(folder / "heads.safetensors", target.config)
+assert jnp.array_equal(again.params["kernel_0"], trained.params["kernel_0"])

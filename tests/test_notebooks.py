@@ -1,0 +1,32 @@
+"""Every notebook runs from top to bottom, and its stored form is the one that its source makes."""
+
+from pathlib import Path
+
+import jupytext
+import nbclient
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "notebooks"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.py"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_notebook_runs(name):
+    notebook = jupytext.read(FOLDER / f"{name}.py")
+    nbclient.NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": FOLDER}}
+    ).execute()
+    assert not [o for cell in notebook.cells for o in cell.get("outputs", ()) if o.output_type == "error"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_stored_notebook_is_current_and_shows_its_figures(name):
+    source, stored = jupytext.read(FOLDER / f"{name}.py"), jupytext.read(FOLDER / f"{name}.ipynb")
+    assert [(c.cell_type, c.source) for c in source.cells] == [(c.cell_type, c.source) for c in stored.cells]
+    outputs = [output for cell in stored.cells for output in cell.get("outputs", ())]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert not [output for output in outputs if output.output_type == "error"]
+
+
+def test_there_are_notebooks():
+    assert len(NAMES) == 4
