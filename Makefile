@@ -10,13 +10,14 @@ IS_311 := $(shell $(PYTHON) -c 'import sys; print(int(sys.version_info[:2] == (3
 EXTRA_PARITY := ,parity
 TEST_EXTRAS := test$(if $(filter 1,$(IS_311)),$(EXTRA_PARITY))
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench notebooks clean
 
 help:
 	@echo "make demo    decode with and without Medusa heads on SmolLM2-135M, and compare"
 	@echo "make test    lint, type check and all tests"
 	@echo "make lint    ruff and mypy alone"
 	@echo "make bench   time a round against the size of the tree on this machine"
+	@echo "make notebooks  execute the notebooks and store their figures"
 	@echo "make clean   remove .venv and caches"
 
 $(VENV)/made:
@@ -49,6 +50,9 @@ test: lint
 
 bench: $(VENV)/run
 	$(BIN)/specjax run experiments/round_time_smollm2.py
+
+notebooks: $(VENV)/test
+	$(BIN)/python notebooks/render.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache *.egg-info

@@ -42,13 +42,20 @@ def text(token):
     return model.tokenizer.decode([int(token)]).replace("\n", "\\n")
 
 
-print("after the prompt the target says:", repr(text(state.context.root)))
+# Not every round is worth looking at: we go on to the first that will accept two drafts.
+step = jax.jit(decode.round_, static_argnames=("config", "acceptance"))
+while int((after := step(model.params, model.config, drafter, sj.Greedy(), (), state)).confirmed) < 2:
+    state = after
+
+said = state.tokens[len(prompt) : int(state.length)].tolist()
+print("so far the target has said:", repr(model.tokenizer.decode(said)))
+print("the root, its newest token:", repr(text(state.context.root)))
 
 # %% [markdown]
 # ## Draft
 #
-# The prefill left two things: the **root**, the newest committed token, which the target has not read yet, and the hidden
-# state that predicted it. Four Medusa heads read that state and guess the tokens after the root. The static tree says
+# The rounds before left two things: the **root**, the newest committed token, which the target has not read yet, and the
+# hidden state that predicted it. Four Medusa heads read that state and guess the tokens after the root. The static tree says
 # which combinations are proposed: here the first head's three best, below each the second head's two best, and so on.
 
 # %%

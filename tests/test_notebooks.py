@@ -7,7 +7,7 @@ import nbclient
 import pytest
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
-NAMES = sorted(path.stem for path in FOLDER.glob("*.py"))
+NAMES = sorted(path.stem for path in FOLDER.glob("[0-9]*.py"))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -87,7 +87,7 @@ def answer(
     Raises:
       DataError: no prompts.
     """
-    if not prompts:
+    if len(prompts) == 0:
         raise DataError("there are no prompts to answer; pass at least one.")
     longest = max(map(len, prompts))
     chunk = PREFILL_CHUNK
