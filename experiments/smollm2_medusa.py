@@ -31,6 +31,13 @@ def get_config() -> DecodeExperiment:
         methods=(
             Method("autoregressive"),
             Method("medusa", heads=heads),
+            Method(
+                "medusa+draft",
+                heads=heads,
+                drafter="medusa+draft",
+                draft_model="smollm2-draft",
+                tree="paths:0,1,0.0+cartesian:2,1",
+            ),
             Method("autoregressive_f32", dtype="float32"),
             Method("medusa_f32", dtype="float32", heads=heads, tree="cartesian:2,1"),
         ),

@@ -4,7 +4,6 @@ specjax run experiments/tree_search_smollm2.py
 """
 
 from specjax.analysis.tree_search import TreeSearch
-from specjax.training.fit import Distillation
 
 
 def get_config() -> TreeSearch:
@@ -12,5 +11,4 @@ def get_config() -> TreeSearch:
         name="tree_search_smollm2",
         model="smollm2-135m-instruct",
         heads="smollm2-135m-instruct",
-        data=Distillation(shards=3, held_out_shards=2),
     )

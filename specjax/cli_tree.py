@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-TREE_HELP = "a published name, chain:4, cartesian:3,2,1, or a .json file"
+TREE_HELP = "a published name, chain:4, cartesian:3,2,1, paths:0,1,0.0, or a .json file"
 
 
 def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

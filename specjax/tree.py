@@ -220,12 +220,18 @@ class Tree:
 
     @classmethod
     def parse(cls, text: str) -> "Tree":
-        """What `--tree` takes: a preset's name, `chain:4`, `cartesian:3,2,1`, or the path of a .json file.
+        """What `--tree` takes: `chain:4`, `cartesian:3,2,1`, `paths:0,1,0.0` (rank paths), a preset or a .json file.
 
         Raises:
           TreeError: none of these, or a file that `load` refuses.
         """
         kind, _, sizes = text.partition(":")
+        if kind == "paths":
+            try:
+                paths = [[int(rank) for rank in path.split(".")] for path in sizes.split(",")]
+            except ValueError:
+                raise TreeError(f"the tree is {text!r}; expected for example paths:0,1,0.0.") from None
+            return cls.from_paths(paths, text)
         if kind in ("chain", "cartesian"):
             try:
                 numbers = [int(size) for size in sizes.split(",")]
@@ -241,8 +247,8 @@ class Tree:
         if text in cls.presets():
             return cls.preset(text)
         raise TreeError(
-            f"no tree {text!r}; expected chain:4, cartesian:3,2,1, the path of a .json file, or a preset: "
-            f"{', '.join(cls.presets())}."
+            f"no tree {text!r}; expected chain:4, cartesian:3,2,1, paths:0,1,0.0, the path of a .json file, or a "
+            f"preset: {', '.join(cls.presets())}."
         )
 
     # --- in and out -------------------------------------------------------------------------------------------------

@@ -244,3 +244,11 @@ def test_plot(tmp_path):
         draw_tree(Tree.chain(0), labels=["a", "b"])
     with pytest.raises(TreeError, match=r"\[0, 1\]"):
         draw_tree(Tree.chain(1), edge_values=[0, 1.5])
+
+
+def test_rank_paths_in_a_word():
+    assert Tree.parse("paths:0,1,0.0,1.2") == Tree.from_paths([(0,), (1,), (0, 0), (1, 2)])
+    with pytest.raises(TreeError, match="paths:0,x"):
+        Tree.parse("paths:0,x")
+    with pytest.raises(TreeError, match="missing"):
+        Tree.parse("paths:0.0")

@@ -1,7 +1,7 @@
 """The tree-search experiment: from rank tables to a tree, checked by decoding with it on this machine."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,30 +14,29 @@ from specjax.analysis.ranks import RankTable, measure
 from specjax.analysis.round_time import RoundTimes, time_rounds
 from specjax.analysis.search import SEARCHES, Limits
 from specjax.analysis.simulate import simulate, upper_bound
-from specjax.analysis.texts import greedy_answers, shard_texts
+from specjax.analysis.texts import greedy_answers
 from specjax.analysis.tree_plot import draw_tree
 from specjax.bench import Contender, Request, compare, environment
 from specjax.drafters.base import NoDrafter
 from specjax.drafters.medusa import MedusaDrafter
+from specjax.errors import ConfigError
 from specjax.loading.heads import load_heads, packaged_ranks
 from specjax.loading.load import load_model
 from specjax.prompts import load_prompts
-from specjax.training.fit import Distillation, distilled
 from specjax.tree import Tree
 
 
 @dataclass(frozen=True)
 class TreeSearch:
-    """Searches on distilled text that the heads were not trained on, and checks on prompts."""
+    """Searches on a rank table, and checks the trees on the model's own answers to prompts."""
 
     name: str
     model: str
     heads: str
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    data: Distillation = field(default_factory=Distillation)  # its held-out shards are searched on
+    ranks: str | None = None  # the table to search on; None: the one that lies beside the heads
     prompts: str | None = None  # Spec-Bench JSONL to check on; None: the ones that ship with specjax
     max_new_tokens: int = 128
-    cap: int = 32
     sizes: tuple[int, ...] = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
     timed_sizes: tuple[int, ...] = (2, 4, 6, 8, 12, 16)  # decoded with, to check the prediction
     timed_prompts: int = 10
@@ -47,13 +46,14 @@ class TreeSearch:
         """Writes the rank tables, the chosen tree and the figures to `output_dir`, and gives the result."""
         model = load_model(self.model, dtype=self.dtype)
         heads = load_heads(self.heads, model.config, dtype=self.dtype)
+        path = self.ranks or packaged_ranks(self.heads)
+        if path is None:
+            raise ConfigError(f"no rank table lies beside {self.heads}; make one with `specjax tree measure`.")
+        searched = RankTable.load(path).check(model, heads)
         with console.status("measuring ranks"):
-            shards = distilled(model, self.data, console)[: self.data.held_out_shards]
-            searched = measure(model, heads, shard_texts(shards), cap=self.cap)
             prompts = load_prompts(self.prompts)
             texts = greedy_answers(model, prompts, max_new_tokens=self.max_new_tokens)
-            checked = measure(model, heads, [text for text in texts if len(text.answer) > 1], cap=self.cap)
-        searched.save(output_dir / "search.ranks.npz")
+            checked = measure(model, heads, [text for text in texts if len(text.answer) > 1], cap=searched.cap)
         checked.save(output_dir / "check.ranks.npz")
 
         trees = {name: [search(searched, n, Limits()) for n in self.sizes] for name, search in SEARCHES.items()}

@@ -67,7 +67,7 @@ def load_model(source: str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32
     """
     if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
         raise ConfigError(f"dtype is {jnp.dtype(dtype).name}; parameters can be float32 or bfloat16.")
-    path = _local(source)
+    path = local_path(source)
     if path.suffix == ".gguf" and path.is_file():
         params, config, metadata = load_gguf(path, dtype)
         tokenizer = Tokenizer.from_gguf(metadata, config.eos_token_ids)
@@ -101,7 +101,7 @@ def load_draft(
     Raises:
       CheckpointError: additionally to `load_model`'s, a token map that is damaged or of another length.
     """
-    model, file = load_model(source, dtype=dtype), _local(source) / _TOKEN_MAP
+    model, file = load_model(source, dtype=dtype), local_path(source) / _TOKEN_MAP
     if not file.is_file():
         return model, None
     try:
@@ -125,7 +125,8 @@ def save_draft(
         np.save(Path(directory) / _TOKEN_MAP, token_map)
 
 
-def _local(source: str | os.PathLike[str]) -> Path:
+def local_path(source: str | os.PathLike[str]) -> Path:
+    """Where a packaged name's files are: a directory or a .gguf file. Other sources are paths already."""
     if source in PACKAGED:
         return _packaged(str(source))
     shipped = _SHIPPED / str(source)

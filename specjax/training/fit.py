@@ -7,9 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from specjax.analysis.ranks import measure
+from specjax.analysis.texts import shard_texts
 from specjax.bench import environment
 from specjax.errors import ConfigError
 from specjax.heads import Heads, MedusaConfig, init_heads
@@ -79,7 +82,7 @@ class FitHeads:
     training: TrainConfig = field(default_factory=TrainConfig)
 
     def run(self, output_dir: Path, console: Console) -> dict[str, Any]:
-        """Distils, trains, and writes heads.safetensors (bfloat16), log.jsonl and checkpoints to `output_dir`."""
+        """Distils, trains, and writes heads.safetensors (bfloat16), heads.ranks.npz, log.jsonl and checkpoints."""
         model = load_model(self.model, dtype=jnp.bfloat16)
         paths = distilled(model, self.data, console)
         text = distinct(read_shards(paths[self.data.held_out_shards :]))
@@ -108,6 +111,14 @@ class FitHeads:
             "accuracy": record["accuracy"],
         }
         save_heads(output_dir / "heads.safetensors", half, metadata)
+        seen = {part.tobytes() for part in np.split(text.tokens, np.cumsum(text.lengths)[:-1])}
+        others = [
+            item
+            for item in shard_texts(paths[: self.data.held_out_shards])
+            if len(item.answer) > 1 and np.asarray(item.answer).tobytes() not in seen
+        ]
+        table = measure(model, half, others)
+        table.save(output_dir / "heads.ranks.npz")  # beside the heads, where tree="auto" finds it
         console.print(json.dumps(record["accuracy"]))
         return {
             "experiment": self.name,

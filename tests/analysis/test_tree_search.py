@@ -14,7 +14,6 @@ from specjax.analysis.simulate import simulate
 from specjax.analysis.tree_search import TreeSearch
 from specjax.cli import main
 from specjax.prompts import load_prompts
-from specjax.training.fit import Distillation
 
 
 @pytest.fixture(scope="module")
@@ -96,13 +95,12 @@ def test_refusals_in_one_line(ranks, capsys, command, message):
     assert "Traceback" not in error
 
 
-def test_the_experiment_chooses_and_checks_a_tree(checkpoint, prompts, tmp_path, capsys):
+def test_the_experiment_chooses_and_checks_a_tree(checkpoint, prompts, ranks, tmp_path, capsys):
     from rich.console import Console
 
     config = TreeSearch(
         "tiny", str(checkpoint), str(checkpoint / "heads"), "float32",
-        Distillation(str(tmp_path / "data"), shards=2, held_out_shards=1, batch_size=6, max_answer_tokens=16),
-        str(prompts), max_new_tokens=16, cap=16, sizes=(2, 3, 5), timed_sizes=(2, 3, 5), timed_prompts=2, repeats=1,
+        str(ranks), str(prompts), max_new_tokens=16, sizes=(2, 3, 5), timed_sizes=(2, 3, 5), timed_prompts=2, repeats=1,
     )  # fmt: skip
     result = config.run(tmp_path, Console())
     json.dumps(result)
@@ -112,7 +110,7 @@ def test_the_experiment_chooses_and_checks_a_tree(checkpoint, prompts, tmp_path,
     assert sj.Tree.load(tmp_path / "tree.json").size == result["chosen_nodes"]
     table = RankTable.load(tmp_path / "check.ranks.npz")
     for method in result["measured"][1:]:
-        tree = joint_tree(RankTable.load(tmp_path / "search.ranks.npz"), method["tree_nodes"])
+        tree = joint_tree(RankTable.load(ranks), method["tree_nodes"])
         half = table.select(lambda i: i % 2 == 0)
         assert simulate(half, [tree])[0].tokens_per_round == pytest.approx(method["tokens_per_round"])
     figures = {path.stem for path in tmp_path.glob("*.png")}
