@@ -45,8 +45,9 @@ lint: $(VENV)/test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Two processes: most of the time is compilation, which uses one core.
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 bench: $(VENV)/run
 	$(BIN)/specjax run experiments/round_time_smollm2.py

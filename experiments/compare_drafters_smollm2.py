@@ -8,10 +8,11 @@ from specjax.experiment import DecodeExperiment, Decoding, Method, Prompts
 HEADS, DRAFT = "smollm2-135m-instruct", "smollm2-draft"
 DRAFTERS = {  # name -> (drafter, tree)
     "vanilla": ("draft", "chain:2"),
-    "ngram": ("ngram", "chain:4"),
-    "medusa": ("medusa", "cartesian:3,1"),
-    "ngram+medusa": ("ngram+medusa", "chain:3+cartesian:3,1"),
-    "ngram+vanilla": ("ngram+draft", "chain:3+chain:2"),
+    "draft tree": ("draft", "cartesian:3,1"),
+    "ngram": ("ngram", "chain:3"),
+    "medusa": ("medusa", "paths:0,1,2,0.0,0.1"),
+    "ngram+medusa": ("ngram+medusa", "chain:2+paths:0,1,2,0.0,0.1"),
+    "medusa+draft": ("medusa+draft", "paths:0,1,0.0+cartesian:2,1"),
 }
 
 

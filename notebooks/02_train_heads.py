@@ -55,11 +55,11 @@ def questions(count, seed):
 
 def write(count, seed):
     return distinct(
-        answer(target, questions(count, seed), acceptance=SAMPLING, max_new_tokens=96, key=jax.random.key(seed))
+        answer(target, questions(count, seed), acceptance=SAMPLING, max_new_tokens=64, key=jax.random.key(seed))
     )
 
 
-text, held_out = write(256, 0), write(64, 1)
+text, held_out = write(160, 0), write(48, 1)
 print(len(text.tokens), "tokens to train on,", len(held_out.tokens), "held out")
 print(tokenizer.decode([int(token_map[row]) for row in text.tokens[:60]]))
 
@@ -86,7 +86,7 @@ print("labels at feature 0:", data.labels[0].tolist())
 
 # %%
 folder = Path(tempfile.mkdtemp())
-settings = TrainConfig(epochs=6, batch_size=512, learning_rate=3e-3)
+settings = TrainConfig(epochs=5, batch_size=512, learning_rate=4e-3)
 trained, log = train(heads, target.params, data, dataset(held_out, heads), settings, folder)
 
 steps = [record for record in log if "losses" in record]
@@ -117,11 +117,11 @@ tree = sj.Tree.cartesian((3, 2, 1))
 def tokens_per_round(candidate):
     outs = sj.generate_batch(
         target,
-        questions(32, seed=2),
+        questions(24, seed=2),
         drafter=sj.MedusaDrafter(candidate, tree),
         acceptance=SAMPLING,
         max_new_tokens=64,
-        keys=jax.random.split(jax.random.key(3), 32),
+        keys=jax.random.split(jax.random.key(3), 24),
     )
     return sum(int((out.accepted_lengths + 1).sum()) for out in outs) / sum(out.rounds for out in outs)
 

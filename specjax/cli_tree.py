@@ -31,7 +31,7 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
     optimise = trees.add_parser("optimise", help="the best tree for recorded ranks")
     optimise.add_argument("--ranks", type=Path, required=True, help="what `specjax tree measure` saved")
-    optimise.add_argument("--search", choices=("joint", "independent", "sequoia"), default="joint")
+    optimise.add_argument("--search", choices=("walk", "joint", "independent", "sequoia"), default="walk")
     size = optimise.add_mutually_exclusive_group(required=True)
     size.add_argument("--nodes", type=int, help="the tree's size, root included")
     size.add_argument("--round-times", type=Path, help="result.json of `specjax bench`: take the fastest size")

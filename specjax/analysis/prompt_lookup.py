@@ -3,7 +3,7 @@
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -21,7 +21,7 @@ from specjax.tree import Tree
 
 @dataclass(frozen=True)
 class PromptLookup:
-    """Greedy decoding in float32 with and without lookup, here and in transformers (which needs torch)."""
+    """Greedy decoding with and without lookup, here and in transformers (which needs torch)."""
 
     name: str
     model: str  # a packaged name or a directory
@@ -29,6 +29,7 @@ class PromptLookup:
     lookup: int = 10  # drafts per round, as many on both sides
     trees: tuple[str, ...] = ("chain:10", "chain:3")
     max_new_tokens: int = 128
+    dtype: Literal["float32", "bfloat16"] = "float32"  # on both sides
 
     def run(self, output_dir: Path, console: Console) -> dict[str, Any]:
         """Prints tokens per forward and speed-ups, each side against its own decoding without lookup."""
@@ -39,7 +40,7 @@ class PromptLookup:
             raise ConfigError(
                 f"this comparison needs torch and transformers ({error}); `make test` installs them."
             ) from error
-        model = load_model(self.model)
+        model = load_model(self.model, dtype=self.dtype)
         if model.tokenizer is None:
             raise ConfigError(f"{self.model} has no tokenizer; the prompts are text.")
         prompts = [p for p in load_prompts() if p.category == self.category]
@@ -47,7 +48,9 @@ class PromptLookup:
         path = local_path(self.model)
         where: dict[str, Any] = {"gguf_file": path.name} if path.is_file() else {}
         folder = path.parent if path.is_file() else path
-        theirs: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **where)
+        theirs: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, self.dtype), **where
+        )
         forwards = 0
 
         def count(*_: Any) -> None:

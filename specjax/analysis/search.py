@@ -1,18 +1,20 @@
 """Searching draft trees: by the heads' marginal accuracies, by their joint law, and by what a round costs here.
 
 Every search maximises expected tokens per round, 1 + the sum of the probabilities that the nodes' rank paths are right;
-they differ in the probabilities. `joint_tree` takes a path's own frequency. `greedy_tree` (Medusa, section 2.3.3) and
+they differ in the probabilities. `joint_tree` takes a path's own frequency, `walk_tree` that
+among the roots which decoding visits. `greedy_tree` (Medusa, section 2.3.3) and
 `sequoia_tree` (Chen et al. 2024, section 3.1) multiply the heads' marginals as if heads were independent.
 """
 
 import heapq
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from specjax.analysis.ranks import RankTable
+from specjax.analysis.simulate import simulate, visited
 from specjax.errors import TreeError
 from specjax.tree import Tree
 
@@ -81,16 +83,21 @@ def greedy_tree(hits: Float[np.ndarray, "C R"], size: int, limits: Limits = Limi
     return Tree.from_paths(chosen, name=f"independent_{size}", provenance={"search": "greedy, independent heads"})
 
 
-def joint_tree(table: RankTable, size: int, limits: Limits = Limits()) -> Tree:
+def joint_tree(
+    table: RankTable, size: int, limits: Limits = Limits(), *, roots: Bool[np.ndarray, "n"] | None = None
+) -> Tree:
     """The tree of `size` nodes with the most `joint_expected_tokens`: the most frequent rank paths.
 
     A path is never more frequent than its parent's, so that the most frequent ones are a tree; ties go to the shorter
     path, then to better ranks. A limit on branching keeps each node's most frequent children.
 
+    Args:
+      roots: counts these positions alone; None: every one that can be a round's root.
+
     Raises:
       TreeError: a size below 1, or beyond the paths that occur in the table.
     """
-    frequency = _path_frequencies(table, limits.depth or table.num_heads)
+    frequency = _path_frequencies(table, limits.depth or table.num_heads, roots)
     ordered = sorted(frequency, key=lambda path: (-frequency[path], len(path), path))
     if limits.branching is not None:
         children: dict[Path, int] = {(): 0}
@@ -110,10 +117,32 @@ def joint_tree(table: RankTable, size: int, limits: Limits = Limits()) -> Tree:
     return Tree.from_paths(ordered[: size - 1], name=f"joint_{size}", provenance=provenance)
 
 
-def _path_frequencies(table: RankTable, depth: int) -> dict[Path, int]:
+def walk_tree(table: RankTable, size: int, limits: Limits = Limits(), *, iterations: int = 5) -> Tree:
+    """The tree of `size` nodes with the most simulated tokens per round among those that the other searches lead to.
+
+    What decoding weighs is not every position but those where a round begins, which depends on the tree: after a long
+    path the next root stands where drafts have just failed. From the joint and the independent tree, the joint search
+    is repeated on the roots that the tree before visits; the best of all these trees on this text is taken.
+
+    Raises:
+      TreeError: as `joint_tree`.
+    """
+    candidates = [joint_tree(table, size, limits), greedy_tree(table.hits(), size, limits)]
+    for tree in tuple(candidates):
+        for _ in range(iterations):
+            tree = joint_tree(table, size, limits, roots=visited(table, tree))
+            if tree in candidates:
+                break
+            candidates.append(tree)
+    best = max(simulate(table, candidates), key=lambda one: one.tokens_per_round).tree
+    provenance = {"search": "joint law of the ranks at the roots of the walk", "table": dict(table.manifest)}
+    return replace(best, name=f"walk_{size}", provenance=provenance)
+
+
+def _path_frequencies(table: RankTable, depth: int, roots: Bool[np.ndarray, "n"] | None = None) -> dict[Path, int]:
     """How many positions have each rank path, up to `depth` and below the cap, as their next tokens' ranks."""
     frequency: dict[Path, int] = {}
-    ranks = table.ranks[table.rooted]
+    ranks = table.ranks[table.rooted if roots is None else roots]
     for d in range(1, min(depth, table.num_heads) + 1):
         known = ((ranks[:, :d] >= 0) & (ranks[:, :d] < table.cap)).all(1)
         paths, counts = np.unique(ranks[known, :d], axis=0, return_counts=True)
@@ -175,6 +204,7 @@ def sequoia_tree(hits: Float[np.ndarray, "C R"], size: int, limits: Limits = Lim
 
 # By name: (table, size, limits) -> the best tree of that size.
 SEARCHES: Mapping[str, Callable[[RankTable, int, Limits], Tree]] = {
+    "walk": walk_tree,
     "joint": joint_tree,
     "independent": lambda table, size, limits: greedy_tree(table.hits(), size, limits),
     "sequoia": lambda table, size, limits: sequoia_tree(table.hits(), size, limits),

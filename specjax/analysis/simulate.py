@@ -108,6 +108,19 @@ def accepted_lengths(table: RankTable, tree: Tree, sequence: int) -> Int[np.ndar
     return np.array(drafts, np.int32)
 
 
+def visited(table: RankTable, tree: Tree) -> np.ndarray:
+    """Which positions are a round's root when decoding with `tree`, bool [n].
+
+    Raises:
+      TreeError: a tree deeper than the table has heads, or wider than its cap.
+    """
+    roots = np.zeros(len(table.ranks), bool)
+    for sequence, start in enumerate(table.starts):
+        steps = accepted_lengths(table, tree, sequence) + 1
+        roots[start + np.cumsum(steps) - steps] = True
+    return roots
+
+
 def upper_bound(table: RankTable, depth: int) -> float:
     """tokens_per_round of the infinite tree of `depth`, all ranks below the cap at every depth.
 

@@ -72,21 +72,21 @@ class TreeSearch:
             "checked": [upper_bound(checked, d) for d in range(1, checked.num_heads + 1)],
         }
         with console.status("timing rounds"):
-            family = [Tree.chain(0), *trees["joint"]]
+            family = [Tree.chain(0), *trees["walk"]]
             prompt = np.concatenate([texts[0].prompt, texts[0].answer]).tolist()[:128]
             taken = time_rounds(model, heads, family, prompt, repeats=5)
         times = RoundTimes(tuple(t.size for t in family), tuple(row["median"] for row in taken))
-        simulated = {row["nodes"]: row["searched"] for row in rows if row["search"] == "joint"}
+        simulated = {row["nodes"]: row["searched"] for row in rows if row["search"] == "walk"}
         predicted = {n: times.speedup(n, tokens) for n, tokens in simulated.items()}
         best = max(predicted, key=predicted.__getitem__)
-        chosen = next(tree for tree in trees["joint"] if tree.size == best)
+        chosen = next(tree for tree in trees["walk"] if tree.size == best)
         chosen.save(output_dir / "tree.json")
 
         step = max(1, len(texts) // self.timed_prompts)
         requests = [Request(tuple(int(t) for t in text.prompt), text.category) for text in texts[::step]]
-        timed = [tree for tree in trees["joint"] if tree.size in self.timed_sizes or tree is chosen]
+        timed = [tree for tree in trees["walk"] if tree.size in self.timed_sizes or tree is chosen]
         contenders = [Contender("autoregressive", model, NoDrafter())]
-        contenders += [Contender(f"joint_{t.size}", model, MedusaDrafter(heads, t)) for t in timed]
+        contenders += [Contender(f"walk_{t.size}", model, MedusaDrafter(heads, t)) for t in timed]
         with console.status("decoding, to check the prediction"):
             measured = compare(contenders, requests, max_new_tokens=self.max_new_tokens, repeats=self.repeats)
         speed = {m["tree_nodes"]: m["speedup"]["median"] for m in measured[1:]}
@@ -114,7 +114,7 @@ class TreeSearch:
         speed: dict[int, float],
         best: int,
     ) -> None:
-        table = Table(title=f"{self.name}: tokens per round on other text, simulated; speed-up of the joint trees")
+        table = Table(title=f"{self.name}: tokens per round on other text, simulated; speed-up of the walk trees")
         for column in ("nodes", *SEARCHES, "predicted", "measured"):
             table.add_column(column, justify="right")
         for n in self.sizes:
@@ -149,7 +149,7 @@ class TreeSearch:
             "speedup_against_nodes",
             rank_plots.speedup_against_nodes({"predicted": list(predicted.items()), "measured": speed}),
         )
-        simulated = {r["nodes"]: r["checked"] for r in rows if r["search"] == "joint"}
+        simulated = {r["nodes"]: r["checked"] for r in rows if r["search"] == "walk"}
         pairs = {"tokens per round": [(simulated[m["tree_nodes"]], m["tokens_per_round"]) for m in measured[1:]]}
         save("predicted_against_measured", rank_plots.predicted_against_measured(pairs, "Tokens per round"))
         axes = draw_tree(chosen, edge_values=rank_plots.edge_acceptance(checked, chosen).tolist())
@@ -157,7 +157,7 @@ class TreeSearch:
 
 
 def packaged_trees(heads: str, sizes: Sequence[int]) -> list[tuple[Tree, float]] | None:
-    """Joint trees with their simulated tokens per round, from the rank table that lies beside shipped heads.
+    """The best trees with their simulated tokens per round, from the rank table that lies beside shipped heads.
 
     None where there is no table: `specjax tree measure` makes one for other heads.
     """
@@ -165,5 +165,5 @@ def packaged_trees(heads: str, sizes: Sequence[int]) -> list[tuple[Tree, float]]
     if path is None:
         return None
     table = RankTable.load(path)
-    trees = [SEARCHES["joint"](table, size, Limits()) for size in sizes]
+    trees = [SEARCHES["walk"](table, size, Limits()) for size in sizes]
     return [(one.tree, one.tokens_per_round) for one in simulate(table, trees)]

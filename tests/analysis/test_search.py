@@ -17,7 +17,7 @@ from specjax.analysis.search import (
     joint_tree,
     sequoia_tree,
 )
-from specjax.analysis.simulate import simulate
+from specjax.analysis.simulate import simulate, visited
 
 RANKS, DEPTH = 3, 3
 
@@ -92,8 +92,25 @@ def test_the_joint_search_sees_what_marginals_hide():
 def test_joint_is_not_worse_than_independent_on_held_out_text(size):
     # The same law of dependent ranks, twice.
     train, held_out = (table_of(seed, heads=3, cap=8, sequences=60, length=120, dependent=True) for seed in (0, 1))
-    found = simulate(held_out, [SEARCHES[name](train, size, Limits()) for name in ("joint", "independent")])
-    assert found[0].tokens_per_round >= found[1].tokens_per_round
+    names = ("walk", "joint", "independent")
+    walk, joint, independent = simulate(held_out, [SEARCHES[name](train, size, Limits()) for name in names])
+    assert joint.tokens_per_round >= independent.tokens_per_round
+    assert walk.tokens_per_round >= independent.tokens_per_round
+
+
+@pytest.mark.parametrize("size", [2, 5, 12, 30])
+def test_the_walk_search_is_the_best_on_its_own_text(size):
+    table = table_of(7, heads=3, cap=8, sequences=20, length=60, dependent=True)
+    best, *others = simulate(
+        table, [SEARCHES[name](table, size, Limits()) for name in ("walk", "joint", "independent")]
+    )
+    assert all(best.tokens_per_round >= other.tokens_per_round for other in others)
+
+
+def test_visited_roots_are_where_rounds_begin():
+    table = table_of(ranks=[(0, 0), (1, 0), (0, 5), (0, 0), (0, 0), (0, 0)])
+    # 0 accepts two and goes on at 3, which accepts one: the last token is then committed.
+    assert visited(table, sj.Tree.chain(2)).tolist() == [True, False, False, True, False, False]
 
 
 def test_search_refusals():

@@ -9,7 +9,7 @@ from rank_tables import table_of
 import specjax as sj
 from specjax.analysis import rank_plots
 from specjax.analysis.ranks import RankTable
-from specjax.analysis.search import joint_tree
+from specjax.analysis.search import walk_tree
 from specjax.analysis.simulate import simulate
 from specjax.analysis.tree_search import TreeSearch
 from specjax.cli import main
@@ -49,8 +49,8 @@ def test_measured_tables_hold_the_models_own_answers(checkpoint, prompts, ranks,
 def test_optimise_saves_the_best_tree(ranks, tmp_path, capsys):
     table, file = RankTable.load(ranks), tmp_path / "tree.json"
     assert main(["tree", "optimise", "--ranks", str(ranks), "--nodes", "4", "--save", str(file)]) == 0
-    assert sj.Tree.load(file) == joint_tree(table, 4)
-    assert f"{simulate(table, [joint_tree(table, 4)])[0].tokens_per_round:.3f}" in capsys.readouterr().out
+    assert sj.Tree.load(file) == walk_tree(table, 4)
+    assert f"{simulate(table, [walk_tree(table, 4)])[0].tokens_per_round:.3f}" in capsys.readouterr().out
     times = tmp_path / "result.json"
     rows = [{"nodes": n, "milliseconds": {"median": ms}} for n, ms in ((1, 10.0), (2, 10.0), (3, 50.0))]
     times.write_text(json.dumps({"rows": rows}))
@@ -110,7 +110,7 @@ def test_the_experiment_chooses_and_checks_a_tree(checkpoint, prompts, ranks, tm
     assert sj.Tree.load(tmp_path / "tree.json").size == result["chosen_nodes"]
     table = RankTable.load(tmp_path / "check.ranks.npz")
     for method in result["measured"][1:]:
-        tree = joint_tree(RankTable.load(ranks), method["tree_nodes"])
+        tree = walk_tree(RankTable.load(ranks), method["tree_nodes"])
         half = table.select(lambda i: i % 2 == 0)
         assert simulate(half, [tree])[0].tokens_per_round == pytest.approx(method["tokens_per_round"])
     figures = {path.stem for path in tmp_path.glob("*.png")}
