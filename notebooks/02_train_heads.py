@@ -59,7 +59,7 @@ def write(count, seed):
     )
 
 
-text, held_out = write(160, 0), write(48, 1)
+text, held_out = write(128, 0), write(32, 1)
 print(len(text.tokens), "tokens to train on,", len(held_out.tokens), "held out")
 print(tokenizer.decode([int(token_map[row]) for row in text.tokens[:60]]))
 
@@ -117,11 +117,11 @@ tree = sj.Tree.cartesian((3, 2, 1))
 def tokens_per_round(candidate):
     outs = sj.generate_batch(
         target,
-        questions(24, seed=2),
+        questions(12, seed=2),
         drafter=sj.MedusaDrafter(candidate, tree),
         acceptance=SAMPLING,
         max_new_tokens=64,
-        keys=jax.random.split(jax.random.key(3), 24),
+        keys=jax.random.split(jax.random.key(3), 12),
     )
     return sum(int((out.accepted_lengths + 1).sum()) for out in outs) / sum(out.rounds for out in outs)
 
