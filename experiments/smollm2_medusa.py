@@ -35,7 +35,7 @@ def get_config() -> DecodeExperiment:
                 "ngram+medusa",
                 heads=heads,
                 drafter="ngram+medusa",
-                tree="chain:2+paths:0,1,2,0.0,0.1",
+                tree="chain:3+paths:0,1,2,0.0",
             ),
             Method("autoregressive_f32", dtype="float32"),
             Method("medusa_f32", dtype="float32", heads=heads, tree="cartesian:2,1"),
