@@ -17,6 +17,7 @@ from specjax.config import ModelConfig
 from specjax.params import Layer, Params
 
 PREFILL_CHUNK = 64  # prompt tokens per prefill step: one compiled step serves prompts of every length
+FEW_ROWS = 64  # up to here XLA:CPU's float32 products are faster with the weights on the left
 NEG_INF = -1e30  # a finite stand-in: a fully masked row stays free of NaN
 
 
@@ -31,12 +32,24 @@ class Output:
 
 
 def dot(spec: str, x: Float[Array, "T *in"], w: Array) -> Float[Array, "T *out"]:
-    """`einsum(spec, x, w)` with operands in the weights' dtype and a float32 result."""
+    """`einsum(spec, x, w)` with operands in the weights' dtype and a float32 result; `w` has its input axes last."""
     x = x.astype(w.dtype)
     if x.shape[0] == 1 and w.dtype == jnp.bfloat16:
         return _row_dot(spec, x, w)
+    if x.shape[0] <= FEW_ROWS and w.dtype == jnp.float32:
+        return _few_rows_dot(spec, x, w)
     # Without preferred_element_type XLA:CPU runs bf16 products on that slow path too, and rounds twice.
     return jnp.einsum(spec, x, w, preferred_element_type=jnp.float32)
+
+
+def _few_rows_dot(spec: str, x: Float[Array, "T *in"], w: Array) -> Float[Array, "T *out"]:
+    # XLA:CPU multiplies a tall matrix by a few columns about twice as fast as a few rows by its transpose: the weights
+    # are the left operand, and flat, because of several input axes XLA may reorder, hence copy, those of the weights.
+    # The barrier keeps it from folding the transposition back into the product.
+    out = w.shape[: len(spec.split("->")[1]) - 1]
+    rows = x.reshape(x.shape[0], -1)
+    columns = jnp.einsum("oi,Ti->oT", w.reshape(-1, rows.shape[1]), rows)
+    return jax.lax.optimization_barrier(columns).T.reshape(-1, *out)
 
 
 def _row_dot(spec: str, x: Float[Array, "1 *in"], w: Array) -> Float[Array, "1 *out"]:
@@ -136,17 +149,17 @@ def layer_forward(
     g = config.group_size
     with jax.named_scope("attention"):
         h = rms_norm(x, layer.attn_norm, config.rms_norm_eps)
-        qkv = dot("TD,DKQH->TKQH", h, layer.qkv)
+        qkv = dot("TD,KQHD->TKQH", h, layer.qkv)
         if layer.qkv_bias is not None:
             qkv = qkv + layer.qkv_bias.astype(jnp.float32)
         qk = _rotate(qkv[:, :, : g + 1], *tables)
         k = jnp.einsum("TKH->KHT", qk[:, :, g])
         v = jnp.einsum("TKH->KTH", qkv[:, :, g + 1])
-        x = x + dot("TKGH,KGHD->TD", _attention(qk[:, :, :g], (k, v), prefix, mask, prefix_mask), layer.out)
+        x = x + dot("TKGH,DKGH->TD", _attention(qk[:, :, :g], (k, v), prefix, mask, prefix_mask), layer.out)
     with jax.named_scope("mlp"):
         h = rms_norm(x, layer.mlp_norm, config.rms_norm_eps)
-        gate_up = dot("TD,DCF->TCF", h, layer.gate_up)
-        x = x + dot("TF,FD->TD", jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1], layer.down)
+        gate_up = dot("TD,CFD->TCF", h, layer.gate_up)
+        x = x + dot("TF,DF->TD", jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1], layer.down)
     return x, k, v
 
 

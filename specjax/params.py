@@ -21,19 +21,19 @@ from specjax.errors import ConfigError
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer. Q stands for G + 2: a key/value head's query heads, then its key, then its value.
+    """One decoder layer; matrices have their input axes last. Q is G + 2: a group's query heads, its key, its value.
 
     Keeping a key/value head together with its query heads makes q, k and v one matrix product (on CPU a third of the
     launches) and lets the whole group shard over K.
     """
 
     attn_norm: Float[Array, "D"]
-    qkv: Float[Array, "D K Q H"]
+    qkv: Float[Array, "K Q H D"]
     qkv_bias: Float[Array, "K Q H"] | None
-    out: Float[Array, "K G H D"]
+    out: Float[Array, "D K G H"]
     mlp_norm: Float[Array, "D"]
-    gate_up: Float[Array, "D 2 F"]  # [:, 0] the gate, [:, 1] the up projection
-    down: Float[Array, "F D"]
+    gate_up: Float[Array, "2 F D"]  # the gate, then the up projection
+    down: Float[Array, "D F"]
 
 
 @jax.tree_util.register_dataclass
@@ -85,12 +85,12 @@ def abstract(config: ModelConfig) -> Params:
 
     layer = Layer(
         attn_norm=spec("D", "ones"),
-        qkv=spec("D K Q H"),
+        qkv=spec("K Q H D"),
         qkv_bias=spec("K Q H", "zeros") if config.qkv_bias else None,
-        out=spec("K G H D"),
+        out=spec("D K G H"),
         mlp_norm=spec("D", "ones"),
-        gate_up=spec("D 2 F"),
-        down=spec("F D"),
+        gate_up=spec("2 F D"),
+        down=spec("D F"),
     )
     return Params(
         embed=spec("V D"),

@@ -42,30 +42,30 @@ class Piece:
     part: Part = (...,)
 
 
-_QUERY: Part = (..., slice(None, -2), slice(None))  # an axis Q holds G query heads, a key and a value
-_KEY: Part = (..., -2, slice(None))
-_VALUE: Part = (..., -1, slice(None))
+_QUERY: Part = (slice(None), slice(None, -2))  # axis Q, the second, holds G query heads, a key and a value
+_KEY: Part = (slice(None), -2)
+_VALUE: Part = (slice(None), -1)
 
 _PIECES: Mapping[str, tuple[Piece, ...]] = {
     "embed": (Piece("embed", "V D", "VD"),),
     "attn_norm": (Piece("attn_norm", "D", "D"),),
     "qkv": (
-        Piece("q", "KGH D", "DKGH", _QUERY),
-        Piece("k", "KH D", "DKH", _KEY),
-        Piece("v", "KH D", "DKH", _VALUE),
+        Piece("q", "KGH D", "KGHD", _QUERY),
+        Piece("k", "KH D", "KHD", _KEY),
+        Piece("v", "KH D", "KHD", _VALUE),
     ),
     "qkv_bias": (
         Piece("q_bias", "KGH", "KGH", _QUERY),
         Piece("k_bias", "KH", "KH", _KEY),
         Piece("v_bias", "KH", "KH", _VALUE),
     ),
-    "out": (Piece("out", "D KGH", "KGHD"),),
+    "out": (Piece("out", "D KGH", "DKGH"),),
     "mlp_norm": (Piece("mlp_norm", "D", "D"),),
     "gate_up": (
-        Piece("gate", "F D", "DF", (slice(None), 0)),
-        Piece("up", "F D", "DF", (slice(None), 1)),
+        Piece("gate", "F D", "FD", (0,)),
+        Piece("up", "F D", "FD", (1,)),
     ),
-    "down": (Piece("down", "D F", "FD"),),
+    "down": (Piece("down", "D F", "DF"),),
     "final_norm": (Piece("final_norm", "D", "D"),),
     "lm_head": (Piece("lm_head", "V D", "VD"),),
 }

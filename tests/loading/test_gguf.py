@@ -120,7 +120,7 @@ def test_every_quantisation_that_the_gguf_package_knows(tmp_path):
     path = _write(tmp_path / "m.gguf", config, packed, {name: kind for name, (_, kind) in raw.items()})
     loaded, *_ = load_gguf(path, jnp.float32)
     for layer, (data, kind) in zip(loaded.layers, raw.values(), strict=True):
-        np.testing.assert_array_equal(layer.down, dequantize(data, kind).T, err_msg=kind.name)
+        np.testing.assert_array_equal(layer.down, dequantize(data, kind), err_msg=kind.name)
 
 
 def test_misfits_are_reported_together(tmp_path):
@@ -181,7 +181,7 @@ def test_the_packaged_model():
 
     # A Qwen2 whose q/k/v biases are zero is a Llama.
     qwen2 = dataclasses.replace(model.config, family="qwen2", qkv_bias=True)
-    layers = tuple(dataclasses.replace(a, qkv_bias=jnp.zeros(a.qkv.shape[1:])) for a in model.params.layers)
+    layers = tuple(dataclasses.replace(a, qkv_bias=jnp.zeros(a.qkv.shape[:-1])) for a in model.params.layers)
     tokens = jnp.asarray(model.tokenizer.encode("The capital of France is"))
 
     @jax.jit

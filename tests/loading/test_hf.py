@@ -59,14 +59,14 @@ def test_each_tensor_lands_where_the_layer_says(params, directory):
     group = CONFIG.group_size
     for head in range(CONFIG.num_heads):  # query head n belongs to key/value head n // G
         rows = slice(head * CONFIG.head_dim, (head + 1) * CONFIG.head_dim)
-        np.testing.assert_array_equal(stored[f"{at}q_proj.weight"][rows].T, layer.qkv[:, head // group, head % group])
+        np.testing.assert_array_equal(stored[f"{at}q_proj.weight"][rows], layer.qkv[head // group, head % group])
         np.testing.assert_array_equal(stored[f"{at}q_proj.bias"][rows], layer.qkv_bias[head // group, head % group])
-        np.testing.assert_array_equal(stored[f"{at}o_proj.weight"][:, rows].T, layer.out[head // group, head % group])
-    np.testing.assert_array_equal(stored[f"{at}k_proj.weight"][4:8].T, layer.qkv[:, 1, group])
-    np.testing.assert_array_equal(stored[f"{at}v_proj.weight"][4:8].T, layer.qkv[:, 1, group + 1])
-    np.testing.assert_array_equal(stored["model.layers.1.mlp.gate_proj.weight"].T, layer.gate_up[:, 0])
-    np.testing.assert_array_equal(stored["model.layers.1.mlp.up_proj.weight"].T, layer.gate_up[:, 1])
-    np.testing.assert_array_equal(stored["model.layers.1.mlp.down_proj.weight"].T, layer.down)
+        np.testing.assert_array_equal(stored[f"{at}o_proj.weight"][:, rows], layer.out[:, head // group, head % group])
+    np.testing.assert_array_equal(stored[f"{at}k_proj.weight"][4:8], layer.qkv[1, group])
+    np.testing.assert_array_equal(stored[f"{at}v_proj.weight"][4:8], layer.qkv[1, group + 1])
+    np.testing.assert_array_equal(stored["model.layers.1.mlp.gate_proj.weight"], layer.gate_up[0])
+    np.testing.assert_array_equal(stored["model.layers.1.mlp.up_proj.weight"], layer.gate_up[1])
+    np.testing.assert_array_equal(stored["model.layers.1.mlp.down_proj.weight"], layer.down)
 
 
 def test_bfloat16_round_trips_exactly(params, tmp_path):
