@@ -14,10 +14,10 @@ import tokenizers
 
 import specjax as sj
 from specjax import params
-from specjax.acceptance import Proposal
 from specjax.heads import init_heads
 from specjax.loading.heads import save_heads
 from specjax.loading.hf import save_hf
+from specjax.proposal import Proposal
 
 # Parity needs torch, whose CPU build exists for Python 3.11 only; the Makefile says so when it leaves it out.
 collect_ignore = [] if importlib.util.find_spec("transformers") else ["parity"]
@@ -110,8 +110,14 @@ class ScriptedDrafter:
     vocab: jax.Array
     tree: sj.Tree = field(metadata={"static": True})
 
+    max_positions = None
+
     def check(self, config):
         """Fits every target."""
+
+    def prepare(self, target):
+        """Nothing to prepare."""
+        return self
 
     def init(self, target, context):
         """No state."""
@@ -123,7 +129,7 @@ class ScriptedDrafter:
         shifted = (true + self.shift[np.maximum(depths - 1, 0), ranks]) % self.vocab
         return Proposal(jnp.where(depths == 0, context.root, shifted))
 
-    def update(self, state, context, verdict):
+    def update(self, state, context, verdict, longest):
         """No state."""
 
 

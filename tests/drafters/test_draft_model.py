@@ -14,23 +14,28 @@ from specjax.drafters.base import Context
 from specjax.model import forward, unembed
 
 PROMPT = np.array([7, 3, 50, 11, 4])
+CHAIN = sj.Tree.chain(1)
 TREE = sj.Tree.from_paths([(0,), (1,), (0, 0), (0, 2), (1, 0), (0, 0, 0)])
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_both_caches_hold_exactly_the_committed_tokens(temperature):
+@pytest.mark.parametrize("case", ["greedy", "sampled", "hybrid"])
+def test_both_caches_hold_exactly_the_committed_tokens(case):
     model, draft = tiny_model(0, 0.3), tiny_model(9, 0.3, num_layers=1, family="qwen2", qkv_bias=True)
     read_anew = jax.jit(forward, static_argnums=1)
-    drafter = sj.DraftModelDrafter(draft, TREE, temperature)
-    acceptance = sj.Sample() if temperature else sj.Greedy()
+    drafter = sj.DraftModelDrafter(draft, TREE, 1.0 if case == "sampled" else 0.0)
+    acceptance = sj.Sample() if case == "sampled" else sj.Greedy()
+    if case == "hybrid":  # whose other part is deeper, and right: the draft model must read more than its own depth
+        model = tiny_model(3, 0.0)  # says one token for ever
+        drafter = sj.HybridDrafter((sj.NgramDrafter(sj.Tree.chain(4)), dataclasses.replace(drafter, tree=CHAIN)))
     step = jax.jit(decode.round_, static_argnames=("config", "acceptance", "eos"))
     state = decode.prefill(
         model, PROMPT, drafter=drafter, acceptance=acceptance, max_new_tokens=30, key=jax.random.key(2)
     )
     while True:
+        drafted = state.draft[1] if case == "hybrid" else state.draft
         for cache, owner, length in (
             (state.cache, model, int(state.length) - 1),
-            (state.draft.cache, draft, int(state.length)),
+            (drafted.cache, draft, int(state.length)),
         ):
             assert int(cache.length) == length
             fresh = read_anew(owner.params, owner.config, state.tokens)  # causal: what lies behind does not matter
@@ -38,11 +43,13 @@ def test_both_caches_hold_exactly_the_committed_tokens(temperature):
                 np.testing.assert_allclose(mine[:, :, :length], theirs[:, :, :length], atol=1e-5)
             for mine, theirs in zip(cache.v, fresh.rows.v, strict=True):
                 np.testing.assert_allclose(mine[:, :length], theirs[:, :length], atol=1e-5)
-        np.testing.assert_allclose(state.draft.features, fresh.features[length - 1], atol=1e-5)
+        np.testing.assert_allclose(drafted.features, fresh.features[length - 1], atol=1e-5)
         if state.finished:
             break
         state = step(model.params, model.config, drafter, acceptance, (), state)
     assert int(state.length) == len(PROMPT) + 30
+    if case == "hybrid":
+        assert int(state.accepted.max()) == 4
 
 
 def path_to(tree, node):
@@ -52,6 +59,7 @@ def path_to(tree, node):
 def propose(drafter, target, key=0):
     tokens = jnp.zeros(64, jnp.int32).at[: len(PROMPT)].set(PROMPT)
     context = Context(tokens, jnp.int32(len(PROMPT)), jnp.zeros(target.config.hidden_size))
+    drafter = drafter.prepare(target.params)
     state = jax.jit(drafter.init)(target.params, context)
     return jax.jit(drafter.propose)(target.params, state, context, jax.random.key(key))
 
@@ -83,7 +91,7 @@ def test_sampled_drafts_carry_the_laws_they_were_drawn_from(model):
 
 
 def test_first_sibling_is_drawn_from_the_draft(model):
-    drafter = sj.DraftModelDrafter(tiny_model(9), sj.Tree.chain(1), 1.0)
+    drafter = sj.DraftModelDrafter(tiny_model(9), CHAIN, 1.0).prepare(model.params)
     tokens = jnp.zeros(64, jnp.int32).at[: len(PROMPT)].set(PROMPT)
     context = Context(tokens, jnp.int32(len(PROMPT)), jnp.zeros(model.config.hidden_size))
     state = jax.jit(drafter.init)(model.params, context)
