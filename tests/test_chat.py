@@ -5,8 +5,8 @@ import pytest
 import tokenizers
 
 import specjax as sj
-from specjax.chat import TextStream
 from specjax.loading.tokenizer import Tokenizer
+from specjax.text import TextStream
 
 
 @pytest.fixture(scope="module")
