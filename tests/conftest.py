@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +19,10 @@ from specjax.heads import init_heads
 from specjax.loading.heads import save_heads
 from specjax.loading.hf import save_hf
 from specjax.proposal import Proposal
+
+# Tests compile many programs and run most of them briefly. XLA reads this when it first compiles; the products of the
+# real models are library calls, which it leaves as fast as they are.
+os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=1 {os.environ.get('XLA_FLAGS', '')}".strip()
 
 # Parity needs torch, whose CPU build exists for Python 3.11 only; the Makefile says so when it leaves it out.
 collect_ignore = [] if importlib.util.find_spec("transformers") else ["parity"]
