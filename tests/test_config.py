@@ -109,5 +109,5 @@ def test_gguf_metadata_that_is_refused(changes, message):
 
 def test_presets():
     assert sj.ModelConfig.preset("qwen2.5-7b").vocab_size == 152_064
-    with pytest.raises(sj.ConfigError, match="llama-3.1-8b"):
+    with pytest.raises(sj.ConfigError, match=r"llama-3\.1-8b"):
         sj.ModelConfig.preset("gpt-2")

@@ -1,4 +1,4 @@
-"""The real model: the heads that ship, both architectures, and the README's examples. Losslessness: test_lossless_real."""
+"""The real model: its heads, both architectures, the README's examples. Losslessness: test_lossless_real.py."""
 
 import dataclasses
 import re
