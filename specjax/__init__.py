@@ -6,6 +6,7 @@ A target model is a pure function, a draft is a static tree, a round is one jitt
 from specjax.acceptance import Greedy, Sample, Typical
 from specjax.config import ModelConfig
 from specjax.decode import Generation, Round, generate, generate_batch, stream
+from specjax.drafters.base import Context, Drafter
 from specjax.drafters.draft_model import DraftModelDrafter
 from specjax.drafters.hybrid import HybridDrafter
 from specjax.drafters.medusa import MedusaDrafter
@@ -21,15 +22,20 @@ from specjax.errors import (
 from specjax.heads import Heads, MedusaConfig
 from specjax.loading.heads import load_heads, save_heads
 from specjax.loading.load import Model, load_draft, load_model
+from specjax.proposal import NO_DRAFT, Proposal, Verdict
+from specjax.text import TextStream
 from specjax.tree import Tree
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "NO_DRAFT",
     "CheckpointError",
     "ConfigError",
+    "Context",
     "DataError",
     "DraftModelDrafter",
+    "Drafter",
     "Generation",
     "Greedy",
     "Heads",
@@ -40,12 +46,15 @@ __all__ = [
     "ModelConfig",
     "NgramDrafter",
     "PromptError",
+    "Proposal",
     "Round",
     "Sample",
     "SpecJaxError",
+    "TextStream",
     "Tree",
     "TreeError",
     "Typical",
+    "Verdict",
     "generate",
     "generate_batch",
     "load_draft",

@@ -67,16 +67,30 @@ class Request:
 
 def environment() -> dict[str, Any]:
     """What a result depends on beside its config."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
     return {
         **{name: version(name) for name in ("jax", "jaxlib", "flax", "specjax")},
         "python": platform.python_version(),
         "device": jax.devices()[0].device_kind,
         "cpu_count": os.cpu_count(),
-        "git_commit": commit.stdout.strip() or None,
+        **_revision(),
     }
+
+
+def _revision() -> dict[str, Any]:
+    """This source's commit, and whether files differ from it. Installed as a wheel there is none."""
+    root = Path(__file__).parents[1]
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    try:
+        top = git("rev-parse", "--show-toplevel")
+    except OSError:  # no git on this machine
+        top = ""
+    if not top or Path(top).resolve() != root.resolve():  # not a surrounding repository's
+        return {"git_commit": None, "git_dirty": None}
+    return {"git_commit": git("rev-parse", "HEAD") or None, "git_dirty": bool(git("status", "--porcelain"))}
 
 
 @dataclass(frozen=True)
@@ -195,10 +209,11 @@ def compare(
 
 
 def _run(contender: Contender, request: Request, *, max_new_tokens: int, capacity: int) -> _Run:
+    drafter = contender.drafter.prepare(contender.model.params)
     state = decode.prefill(
         contender.model,
         request.ids,
-        drafter=contender.drafter,
+        drafter=drafter,
         acceptance=contender.acceptance,
         max_new_tokens=max_new_tokens,
         key=jax.random.key(0),
@@ -206,7 +221,7 @@ def _run(contender: Contender, request: Request, *, max_new_tokens: int, capacit
     )
     jax.block_until_ready(state)
     begin = time.perf_counter()
-    done = decode.decode(contender.model, state, drafter=contender.drafter, acceptance=contender.acceptance)
+    done = decode.decode(contender.model, state, drafter=drafter, acceptance=contender.acceptance)
     jax.block_until_ready(done)
     return _Run(decode.summarise(done), time.perf_counter() - begin)
 

@@ -1,64 +1,16 @@
-"""Text on the terminal as it is decoded: streaming detokenisation, `generate` and `chat`."""
+"""Rounds on the terminal, for `generate` and `chat`: text as it comes, accepted drafts coloured, counts."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-import numpy as np
 from rich.console import Console
 from rich.text import Text
 
 from specjax.decode import Round
-from specjax.errors import PromptError
 from specjax.loading.tokenizer import Tokenizer
+from specjax.text import TextStream
 
 DRAFTED, OWN = "green", "default"
-
-
-class TextStream:
-    """Turns tokens into text as they come; the pieces add up to what decoding all tokens at once gives.
-
-    A character whose bytes are spread over several tokens is held back until it is complete, and so is what may be the
-    beginning of a stop string. The text ends before the first stop string; then `stopped` is true.
-
-    Raises:
-      PromptError: an empty stop string.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
-        if "" in stop:
-            raise PromptError("a stop string is empty; remove it.")
-        self._tokenizer = tokenizer
-        self._stop = tuple(stop)
-        self._tokens: list[int] = []
-        self._shown = ""
-        self.stopped = False
-
-    def push(self, tokens: Sequence[int] | np.ndarray) -> str:
-        """Takes tokens and gives the text that is certain now."""
-        if self.stopped:
-            return ""
-        self._tokens += [int(t) for t in tokens]
-        text = self._until_stop(self._tokenizer.decode(self._tokens).rstrip("\ufffd"))
-        return self._advance(text if self.stopped else text[: len(text) - self._begun(text)])
-
-    def finish(self) -> str:
-        """Gives what is left, an incomplete character as U+FFFD."""
-        return "" if self.stopped else self._advance(self._until_stop(self._tokenizer.decode(self._tokens)))
-
-    def _until_stop(self, text: str) -> str:
-        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
-        self.stopped = bool(found)
-        return text[: min(found)] if found else text
-
-    def _begun(self, text: str) -> int:
-        # The length of the longest end of the text that begins a stop string.
-        return max((n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
-
-    def _advance(self, text: str) -> str:
-        if not text.startswith(self._shown):
-            return ""  # a decoder that rewrites its end: wait for more
-        piece, self._shown = text[len(self._shown) :], text
-        return piece
 
 
 @dataclass
@@ -83,27 +35,41 @@ class Tally:
         )
 
 
+@dataclass
+class Shown:
+    """What `show` has printed so far: after an interruption it holds what was said until then."""
+
+    text: str = ""
+    tally: Tally = field(default_factory=Tally)
+
+
 def show(
-    rounds: Iterable[Round], tokenizer: Tokenizer, console: Console, *, colour: bool, stop: Sequence[str] = ()
-) -> tuple[str, Tally]:
-    """Prints rounds as they come, accepted drafts apart from the target's own tokens; gives the text and the counts.
+    rounds: Iterable[Round],
+    tokenizer: Tokenizer,
+    console: Console,
+    shown: Shown,
+    *,
+    colour: bool,
+    stop: Sequence[str] = (),
+) -> None:
+    """Prints rounds as they come, accepted drafts apart from the target's own tokens; `shown` keeps text and counts.
 
     No further round is asked for once a stop string has been said; it is not part of the text.
     """
-    stream, tally, said = TextStream(tokenizer, stop), Tally(), ""
+    stream = TextStream(tokenizer, stop)
     for item in rounds:
-        tally.add(item)
+        shown.tally.add(item)
         for piece, style in (
             (stream.push(item.tokens[: item.accepted]), DRAFTED),
             (stream.push(item.tokens[item.accepted :]), OWN),
         ):
-            said += piece
+            shown.text += piece
             console.print(Text(piece, style if colour else ""), end="", soft_wrap=True)
         if stream.stopped:
             break
     rest = stream.finish()
+    shown.text += rest
     console.print(Text(rest), soft_wrap=True)
-    return said + rest, tally
 
 
 def read_lines(console: Console) -> Iterator[str]:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import specjax
 from specjax.cli_tree import TREE_HELP, add_commands
 
 if TYPE_CHECKING:
@@ -27,18 +28,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognised arguments: {' '.join(rest)}")
     try:
         return int(options.function(options, rest))
-    except SpecJaxError as error:
+    except (SpecJaxError, OSError) as error:  # a folder that is missing, a disk that is full
         print(f"specjax: {error}", file=sys.stderr)
         return 2
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="specjax", description="A laboratory for speculative decoding in JAX.")
+    parser.add_argument("--version", action="version", version=f"specjax {specjax.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    run = commands.add_parser("run", help="run an experiment file", add_help=False)
-    run.add_argument("file", type=Path, help="experiments/NAME.py; its options follow (--help lists them)")
-    run.set_defaults(function=_run)
+    # The file's own --help lists its options; without a file there is ours.
+    run = commands.add_parser("run", help="run an experiment file", add_help=False, allow_abbrev=False)
+    run.add_argument(
+        "file", type=Path, nargs="?", help="experiments/NAME.py; its options follow (FILE --help lists them)"
+    )
+    run.add_argument("--output-dir", type=Path, help="for result.json and figures (default: results/NAME/TIME)")
+    run.set_defaults(function=_run, parser=run)
 
     generate = commands.add_parser("generate", help="answer one prompt")
     _model_options(generate, max_new_tokens=128)
@@ -77,8 +83,14 @@ def _model_options(parser: argparse.ArgumentParser, max_new_tokens: int) -> None
     parser.add_argument("--draft-model", help="packaged name, Hugging Face directory or repository, .gguf file")
     parser.add_argument("--tree", help=f"{TREE_HELP}; for a hybrid one for each part, joined by '+'")
     parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy; above: lossless sampling")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="bfloat16",
+        help="default bfloat16, which reads half the bytes; drafting leaves the output exactly as it is only in "
+        "float32, because in bfloat16 near-ties can flip",
+    )
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy; above: sampling the target's law")
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--top-k", type=int)
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
@@ -92,9 +104,8 @@ def _prepare(options: argparse.Namespace) -> tuple["Model", dict[str, Any]]:
     import specjax as sj
     from specjax.drafters.build import build_drafter
 
-    named = "medusa" if options.heads else "draft" if options.draft_model else "none"
-    if options.typical and (options.drafter or named) == "none":
-        raise sj.ConfigError("--typical judges drafts, but nothing drafts; add --drafter, --heads or --draft-model.")
+    named = options.drafter or ("medusa" if options.heads else "draft" if options.draft_model else "none")
+    _refuse_idle(options, named.split("+"))
     if options.typical:
         acceptance: Any = sj.Typical(temperature=options.temperature or 0.7)
     elif options.temperature == 0:
@@ -107,7 +118,7 @@ def _prepare(options: argparse.Namespace) -> tuple["Model", dict[str, Any]]:
     if model.tokenizer is None:
         raise sj.CheckpointError(f"{options.model} has no tokenizer; text needs one beside the weights.")
     drafter = build_drafter(
-        options.drafter or named,
+        named,
         model,
         tree=options.tree,
         heads=options.heads,
@@ -118,26 +129,47 @@ def _prepare(options: argparse.Namespace) -> tuple["Model", dict[str, Any]]:
     return model, request | {"key": jax.random.key(options.seed)}
 
 
+def _refuse_idle(options: argparse.Namespace, drafters: list[str]) -> None:
+    """Refuses options that would do nothing."""
+    from specjax.errors import ConfigError
+
+    remedy = "add --drafter, --heads or --draft-model, or leave it out."
+    for option in ("typical", "tree"):
+        if getattr(options, option) and drafters == ["none"]:
+            raise ConfigError(f"--{option} is about drafts, but nothing drafts; {remedy}")
+    for option, user in (("heads", "medusa"), ("draft_model", "draft")):
+        if getattr(options, option) and user not in drafters:
+            flag = "--" + option.replace("_", "-")
+            raise ConfigError(f"{flag} is for the drafter {user}, which --drafter {options.drafter} leaves out.")
+    if (options.top_k is not None or options.top_p != 1.0) and (options.typical or not options.temperature):
+        reason = "typical acceptance has none" if options.typical else "greedy decoding has none; set --temperature too"
+        raise ConfigError(f"--top-k {options.top_k} and --top-p {options.top_p} shape sampling, but {reason}.")
+
+
+def _templated(model: "Model", messages: list[dict[str, str]]) -> list[int]:
+    from specjax.errors import ConfigError
+
+    assert model.tokenizer is not None
+    if model.tokenizer.chat_template is None:
+        raise ConfigError("this model has no chat template; `specjax generate --raw` continues plain text.")
+    return model.tokenizer.apply_chat_template(messages)
+
+
 def _generate(options: argparse.Namespace, rest: list[str]) -> int:
     from rich.console import Console
 
     from specjax import stream
-    from specjax.chat import show
+    from specjax.chat import Shown, show
 
     model, request = _prepare(options)
     assert model.tokenizer is not None
     if options.raw:
         ids = model.tokenizer.encode(options.prompt)
     else:
-        ids = model.tokenizer.apply_chat_template([{"role": "user", "content": options.prompt}])
-    _, tally = show(
-        stream(model, ids, **request),
-        model.tokenizer,
-        Console(highlight=False),
-        colour=False,
-        stop=options.stop,
-    )
-    print(f"[{tally}]", file=sys.stderr)
+        ids = _templated(model, [{"role": "user", "content": options.prompt}])
+    shown, console = Shown(), Console(highlight=False)
+    show(stream(model, ids, **request), model.tokenizer, console, shown, colour=False, stop=options.stop)
+    print(f"[{shown.tally}]", file=sys.stderr)
     return 0
 
 
@@ -146,7 +178,7 @@ def _chat(options: argparse.Namespace, rest: list[str]) -> int:
     from rich.console import Console
 
     from specjax import PromptError, stream
-    from specjax.chat import DRAFTED, read_lines, show
+    from specjax.chat import DRAFTED, Shown, read_lines, show
 
     model, request = _prepare(options)
     assert model.tokenizer is not None
@@ -158,17 +190,20 @@ def _chat(options: argparse.Namespace, rest: list[str]) -> int:
             messages = []
             continue
         messages.append({"role": "user", "content": line})
-        ids = model.tokenizer.apply_chat_template(messages)
         request["key"], key = jax.random.split(request["key"])
+        shown = Shown()
         try:
-            rounds = stream(model, ids, **(request | {"key": key}))
-            text, tally = show(rounds, model.tokenizer, console, colour=True, stop=options.stop)
+            rounds = stream(model, _templated(model, messages), **(request | {"key": key}))
+            show(rounds, model.tokenizer, console, shown, colour=True, stop=options.stop)
         except PromptError as error:
             console.print(f"[red]{error}[/] Type /reset to begin a new conversation.")
+        except KeyboardInterrupt:  # ends the answer; what was said stays in the conversation
+            console.print("\n[dim]interrupted[/dim]")
+        if not shown.tally.tokens:
             messages.pop()
             continue
-        messages.append({"role": "assistant", "content": text})
-        console.print(f"[dim]{tally}[/dim]")
+        messages.append({"role": "assistant", "content": shown.text})
+        console.print(f"[dim]{shown.tally}[/dim]")
     return 0
 
 
@@ -196,9 +231,14 @@ def _convert(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _run(options: argparse.Namespace, rest: list[str]) -> int:
+    if options.file is None and rest in (["-h"], ["--help"]):
+        options.parser.print_help()
+        return 0
+    if options.file is None:
+        options.parser.error("name an experiment, e.g. experiments/smollm2_medusa.py.")
     from specjax.experiment import run_file
 
-    return run_file(options.file, rest)
+    return run_file(options.file, rest, options.output_dir)
 
 
 if __name__ == "__main__":

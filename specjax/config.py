@@ -6,7 +6,9 @@ A feature that would change results is honoured or refused here; nothing is igno
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
+
+import numpy as np
 
 from specjax.errors import ConfigError
 
@@ -72,6 +74,10 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ConfigError(f"head_dim is {self.head_dim}; rotary embeddings need an even one.")
+        if not (self.rope_theta > 0 and self.rms_norm_eps >= 0):
+            raise ConfigError(
+                f"rope_theta is {self.rope_theta} and rms_norm_eps {self.rms_norm_eps}; expected > 0 and >= 0."
+            )
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ConfigError(
                 f"sliding_window is {self.sliding_window}; expected a positive number of tokens, or None."
@@ -96,24 +102,26 @@ class ModelConfig:
         missing = [key for key in _HF_REQUIRED if config.get(key) is None]
         if missing:
             raise ConfigError(f"config.json lacks {missing}; is this the config of a causal {kind} model?")
-        heads = int(config["num_attention_heads"])
+        heads = _number(config, "num_attention_heads", int)
+        if heads < 1:
+            raise ConfigError(f"config.json has num_attention_heads={heads}; expected a positive number.")
         generation = dict(generation_config or {})
         eos = generation.get("eos_token_id")
         return cls(
             family="qwen2" if kind == "qwen2" else "llama",
-            vocab_size=int(config["vocab_size"]),
-            hidden_size=int(config["hidden_size"]),
-            intermediate_size=int(config["intermediate_size"]),
-            num_layers=int(config["num_hidden_layers"]),
+            vocab_size=_number(config, "vocab_size", int),
+            hidden_size=_number(config, "hidden_size", int),
+            intermediate_size=_number(config, "intermediate_size", int),
+            num_layers=_number(config, "num_hidden_layers", int),
             num_heads=heads,
-            num_kv_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
+            num_kv_heads=_number(config, "num_key_value_heads", int, heads),
+            head_dim=_number(config, "head_dim", int, _number(config, "hidden_size", int) // heads),
             rope_theta=_rope_theta(config),
             rope_scaling=_rope_scaling(config),
-            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            rms_norm_eps=_number(config, "rms_norm_eps", float, 1e-6),
             qkv_bias=kind == "qwen2",
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-            max_positions=int(config.get("max_position_embeddings", 2048)),
+            max_positions=_number(config, "max_position_embeddings", int, 2048),
             sliding_window=_sliding_window(config),
             bos_token_id=config.get("bos_token_id"),
             eos_token_ids=_as_ids(config.get("eos_token_id") if eos is None else eos),
@@ -222,14 +230,37 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
             raise ConfigError(f"config.json has {key}={value!r}; this decoder computes only {allowed[0]!r}.")
 
 
+_N = TypeVar("_N", int, float)
+
+
+def _number(config: Mapping[str, Any], key: str, kind: type[_N], default: _N | None = None) -> _N:
+    """A number out of a config; null and missing entries take the default, if there is one."""
+    value = config.get(key)
+    value = default if value is None else value
+    try:
+        number = kind(value)  # type: ignore[arg-type]
+        if isinstance(value, str | bool) or number != value:
+            raise ValueError
+    except (TypeError, ValueError, OverflowError):
+        what = "an integer" if kind is int else "a number"
+        raise ConfigError(f"the config has {key}={value!r}; expected {what}. Is the file complete?") from None
+    return number
+
+
 def _rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
     # transformers >= 5 writes rope_parameters (theta inside), earlier versions rope_scaling beside rope_theta.
-    return dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping):
+        raise ConfigError(f"rope_scaling is {rope!r}; expected an object with a rope_type.")
+    return dict(rope)
 
 
 def _rope_theta(config: Mapping[str, Any]) -> float:
-    theta = config.get("rope_theta")
-    return float(theta if theta is not None else _rope_parameters(config).get("rope_theta", 10_000.0))
+    return _number({**_rope_parameters(config), **_given(config, "rope_theta")}, "rope_theta", float, 10_000.0)
+
+
+def _given(config: Mapping[str, Any], key: str) -> dict[str, Any]:
+    return {} if config.get(key) is None else {key: config[key]}
 
 
 def _rope_scaling(config: Mapping[str, Any]) -> RopeScaling | None:
@@ -238,14 +269,14 @@ def _rope_scaling(config: Mapping[str, Any]) -> RopeScaling | None:
     if kind == "default":
         return None
     if kind == "linear":
-        return RopeScaling("linear", float(rope["factor"]))
+        return RopeScaling("linear", _number(rope, "factor", float))
     if kind == "llama3":
         return RopeScaling(
             "llama3",
-            float(rope["factor"]),
-            float(rope["low_freq_factor"]),
-            float(rope["high_freq_factor"]),
-            int(rope["original_max_position_embeddings"]),
+            _number(rope, "factor", float),
+            _number(rope, "low_freq_factor", float),
+            _number(rope, "high_freq_factor", float),
+            _number(rope, "original_max_position_embeddings", int),
         )
     raise ConfigError(f"rope_type is {kind!r}; supported are 'default', 'linear' and 'llama3'.")
 
@@ -254,20 +285,22 @@ def _sliding_window(config: Mapping[str, Any]) -> int | None:
     window, layers = config.get("sliding_window"), config["num_hidden_layers"]
     if window is None or not config.get("use_sliding_window", config["model_type"] == "mistral"):
         return None
-    if config["model_type"] == "qwen2" and config.get("max_window_layers", 28) > 0:  # 28: transformers' default
-        full = config.get("max_window_layers", 28)
+    full = _number(config, "max_window_layers", int, 28)  # 28: transformers' default
+    if config["model_type"] == "qwen2" and full > 0:
         if full >= layers:
             return None  # the first `max_window_layers` layers attend to everything
         raise ConfigError(
             f"max_window_layers is {full} of {layers}; sliding windows in only some layers are not supported."
         )
-    return int(window)
+    return _number(config, "sliding_window", int)
 
 
 def _as_ids(value: Any) -> tuple[int, ...]:
     if value is None:
         return ()
-    ids = [value] if isinstance(value, int) else list(value)
+    ids = [value] if isinstance(value, int) else value
+    if not isinstance(ids, Sequence) or not all(isinstance(token, int | np.integer) for token in ids):
+        raise ConfigError(f"eos_token_id is {value!r}; expected a token id or a list of them.")
     return tuple(dict.fromkeys(int(token) for token in ids))
 
 

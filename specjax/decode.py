@@ -1,8 +1,8 @@
-"""Decoding: one target forward a round, the whole loop on the device.
+"""Requests: checked on the host, then decoded on the device.
 
 `generate` runs a jitted prefill and a jitted `lax.while_loop` of rounds without touching the host in between; `stream`
-drives the same round from Python and syncs once a round. Autoregressive decoding is the same loop over a tree of one
-node. `prefill`, `decode` and `summarise` are the parts, for those who time or batch them.
+drives the same round from Python and syncs once a round. `prefill`, `decode` and `summarise` are the parts, for those
+who time or batch them. What is traced stands in `specjax.loop`.
 """
 
 import dataclasses
@@ -15,41 +15,33 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Int
 
-from specjax import cache as kv
-from specjax.acceptance import Acceptance, Greedy, Proposal
+from specjax.acceptance import Acceptance, Greedy
 from specjax.config import ModelConfig
-from specjax.drafters.base import Context, Drafter, NoDrafter
+from specjax.drafters.base import Drafter, NoDrafter
 from specjax.errors import PromptError
 from specjax.loading.load import Model
-from specjax.model import PREFILL_CHUNK, forward, read, unembed
+from specjax.loop import State, batch_loop, loop, round_, start
+from specjax.model import PREFILL_CHUNK
 from specjax.params import Params
-from specjax.tree import Tree
 
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class State:
-    """Everything a round reads and writes. Entries of `tokens` and `accepted` past their counts are garbage."""
-
-    tokens: Int[Array, "S"]  # the prompt, then what was committed
-    length: Int[Array, ""]  # committed tokens; the newest is the root, so the cache holds length - 1
-    limit: Int[Array, ""]  # decoding ends at this length
-    finished: Bool[Array, ""]
-    cache: kv.KVCache
-    features: Float[Array, "D"]  # target's final-norm hidden state at the position that predicted the root
-    draft: Any  # the drafter's state
-    key: jax.Array
-    rounds: Int[Array, ""]
-    accepted: Int[Array, "S"]  # drafts committed in each round
-    confirmed: Int[Array, ""]  # drafts among the newest round's committed tokens (a cut round may end on one)
-    prompt_length: Int[Array, ""]
-
-    @property
-    def context(self) -> Context:
-        """What the drafter sees."""
-        return Context(self.tokens, self.length, self.features)
+__all__ = [
+    "Generation",
+    "Round",
+    "State",
+    "batch_loop",
+    "capacity_for",
+    "decode",
+    "generate",
+    "generate_batch",
+    "loop",
+    "prefill",
+    "round_",
+    "start",
+    "stream",
+    "summarise",
+]
 
 
 @dataclass(frozen=True)
@@ -88,111 +80,37 @@ class Round:
     accepted: int
 
 
-def round_(
-    params: Params, config: ModelConfig, drafter: Drafter, acceptance: Acceptance, eos: tuple[int, ...], state: State
-) -> State:
-    """One round: draft, verify in one target forward, accept, commit. Pure and unbatched.
-
-    On a finished state it commits nothing, so that a batch may go on until its last member is finished.
-    """
-    tree = drafter.tree
-    key, draft_key, accept_key = jax.random.split(state.key, 3)
-    with jax.named_scope("draft"):
-        proposal = drafter.propose(params, state.draft, state.context, draft_key)
-        drafted = jnp.maximum(proposal.tokens, 0)  # a node without a draft holds any token; no rule accepts it
-    with jax.named_scope("verify"):
-        out = forward(
-            params, config, drafted, cache=state.cache, positions=state.cache.length + tree.depths, mask=tree.ancestors
-        )
-        logits = unembed(params, out.features)
-    with jax.named_scope("accept"):
-        verdict = acceptance(logits, proposal, tree, accept_key)
-    with jax.named_scope("commit"):
-        path = jnp.asarray(tree.node_paths)[verdict.node]
-        steps = jnp.arange(path.shape[0])
-        # The accepted drafts, then the target's own token; past that garbage.
-        fresh = jnp.where(steps == verdict.accepted, verdict.next_token, drafted[jnp.roll(path, -1)])
-        budget = jnp.where(state.finished, 0, state.limit - state.length)
-        count, finished = _cut(fresh, verdict.accepted + 1, budget, eos)
-        state = dataclasses.replace(
-            state,
-            tokens=jax.lax.dynamic_update_slice(state.tokens, fresh, (state.length,)),
-            length=state.length + count,
-            finished=finished,
-            cache=kv.write(state.cache, kv.gather(out.rows, path), count, after=verdict.next_token),
-            features=out.features[verdict.node],
-            key=key,
-            rounds=state.rounds + jnp.where(state.finished, 0, 1),
-            accepted=state.accepted.at[state.rounds].set(count - 1),
-            confirmed=jnp.minimum(verdict.accepted, count),
-        )
-        return dataclasses.replace(state, draft=drafter.update(state.draft, state.context, verdict))
+_STATIC = ("config", "acceptance")
+_start = jax.jit(start, static_argnames=_STATIC)
+_loop = jax.jit(loop, static_argnames=_STATIC)
+_round = jax.jit(round_, static_argnames=_STATIC, donate_argnames="state")  # streaming owns its state
 
 
-def _cut(
-    fresh: Int[Array, "E1"], count: Int[Array, ""], budget: Int[Array, ""], eos: tuple[int, ...]
-) -> tuple[Int[Array, ""], Bool[Array, ""]]:
-    """How many of the `count` fresh tokens to commit (up to the first EOS, within the budget), and whether it ends."""
-    count = jnp.minimum(count, budget)
-    stops = jnp.isin(fresh, jnp.asarray(eos, jnp.int32)) & (jnp.arange(fresh.shape[0]) < count)
-    hit = jnp.any(stops)
-    count = jnp.where(hit, jnp.argmax(stops).astype(jnp.int32) + 1, count)
-    return count, hit | (count == budget)
-
-
-def start(
+@functools.partial(jax.jit, static_argnames=_STATIC)
+def _batch(
     params: Params,
     config: ModelConfig,
     drafter: Drafter,
     acceptance: Acceptance,
     eos: tuple[int, ...],
-    tokens: Int[Array, "S"],
-    prompt_length: Int[Array, ""],
-    limit: Int[Array, ""],
-    key: jax.Array,
+    tokens: Int[Array, "B S"],
+    lengths: Int[Array, "B"],
+    limits: Int[Array, "B"],
+    keys: jax.Array,
 ) -> State:
-    """Prefill: processes the prompt in chunks and commits the first token. Pure and unbatched.
-
-    Args:
-      tokens: the prompt, padded to the capacity S, a multiple of `PREFILL_CHUNK`.
-      prompt_length: the prompt's length, at least 1.
-      limit: the length (prompt included) at which decoding ends, above `prompt_length`.
-    """
-    with jax.named_scope("prefill"):
-        features, cache = read(params, config, tokens, prompt_length)
-    key, accept_key = jax.random.split(key)
-    root = acceptance(unembed(params, features[None]), Proposal(tokens[:1]), Tree.chain(0), accept_key).next_token
-    one = jnp.int32(1)
-    _, finished = _cut(root[None], one, limit - prompt_length, eos)
-    state = State(
-        tokens=tokens.at[prompt_length].set(root),
-        length=prompt_length + 1,
-        limit=limit,
-        finished=finished,
-        cache=cache,
-        features=features,
-        draft=None,
-        key=key,
-        rounds=jnp.int32(0),
-        accepted=jnp.zeros_like(tokens),
-        confirmed=jnp.int32(0),
-        prompt_length=prompt_length,
-    )
-    return dataclasses.replace(state, draft=drafter.init(params, state.context))
+    plan = (params, config, drafter, acceptance, eos)
+    states = jax.vmap(functools.partial(start, *plan))(tokens, lengths, limits, keys)
+    return batch_loop(*plan, states)
 
 
-def loop(
-    params: Params, config: ModelConfig, drafter: Drafter, acceptance: Acceptance, eos: tuple[int, ...], state: State
-) -> State:
-    """Rounds until the budget is spent or EOS is committed: one `lax.while_loop`. Pure and unbatched."""
-    step = functools.partial(round_, params, config, drafter, acceptance, eos)
-    return jax.lax.while_loop(lambda state: ~state.finished, step, state)
+@dataclass(frozen=True)
+class _Request:
+    """Checked arguments. `plan` is what every traced function begins with; the arrays are per prompt."""
 
-
-_STATIC = ("config", "acceptance")
-_start = jax.jit(start, static_argnames=_STATIC)
-_loop = jax.jit(loop, static_argnames=_STATIC)
-_round = jax.jit(round_, static_argnames=_STATIC, donate_argnames="state")  # streaming owns its state
+    plan: tuple[Params, ModelConfig, Drafter, Acceptance, tuple[int, ...]]
+    tokens: np.ndarray  # [B S]
+    lengths: np.ndarray  # [B]
+    limits: np.ndarray  # [B]
 
 
 def prefill(
@@ -211,27 +129,15 @@ def prefill(
     Raises:
       PromptError: additionally to `generate`'s, a `max_new_tokens` of 0 (there is nothing to prefill for).
     """
-    drafter, acceptance = drafter or NoDrafter(), acceptance or Greedy()
-    prompt = _check_prompt(prompt_ids, model.config)
-    if max_new_tokens < 1:
-        raise PromptError(f"max_new_tokens is {max_new_tokens}; a prefill commits one token already.")
-    drafter.check(model)
-    if acceptance.needs_key and key is None:
-        raise PromptError(f"{acceptance} draws random numbers; pass key=jax.random.key(seed).")
-    slots = _capacity(len(prompt), max_new_tokens, drafter.tree, model.config, capacity)
-    tokens = np.zeros(slots, np.int32)
-    tokens[: len(prompt)] = prompt
-    return _start(
-        model.params,
-        model.config,
-        drafter,
-        acceptance,
-        _eos(model.config, eos_token_ids),
-        jnp.asarray(tokens),
-        jnp.int32(len(prompt)),
-        jnp.int32(len(prompt) + max_new_tokens),
-        jax.random.key(0) if key is None else key,
-    )
+    request = _check(model, [prompt_ids], drafter, acceptance, max_new_tokens, eos_token_ids, capacity)
+    if max_new_tokens == 0:
+        raise PromptError("max_new_tokens is 0; a prefill commits one token already.")
+    return _prefill(request, _check_key(key, acceptance))
+
+
+def _prefill(request: _Request, key: jax.Array) -> State:
+    arrays = jnp.asarray(request.tokens[0]), jnp.int32(request.lengths[0]), jnp.int32(request.limits[0])
+    return _start(*request.plan, *arrays, key)
 
 
 def decode(
@@ -243,8 +149,10 @@ def decode(
     eos_token_ids: Sequence[int] | None = None,
 ) -> State:
     """Runs a prefilled state to its end, on the device. Pass the drafter and acceptance that the prefill had."""
-    eos = _eos(model.config, eos_token_ids)
-    return _loop(model.params, model.config, drafter or NoDrafter(), acceptance or Greedy(), eos, state)
+    ready = (drafter or NoDrafter()).prepare(model.params)
+    return _loop(
+        model.params, model.config, ready, acceptance or Greedy(), _check_eos(model.config, eos_token_ids), state
+    )
 
 
 def summarise(state: State) -> Generation:
@@ -279,43 +187,15 @@ def generate(
       capacity: cache slots; by default the next power of two that fits. Fix it to compile once over varied requests.
 
     Raises:
-      PromptError: an empty or out-of-vocabulary prompt, a negative budget, or a request beyond the model's context.
+      PromptError: an empty or out-of-vocabulary prompt, a budget, key, stop token or capacity that is none, or
+        a request beyond the model's or the draft model's context.
       SpecJaxError: whatever `drafter.check` finds.
     """
-    drafter, acceptance = drafter or NoDrafter(), acceptance or Greedy()
+    request = _check(model, [prompt_ids], drafter, acceptance, max_new_tokens, eos_token_ids, capacity)
+    key = _check_key(key, acceptance)
     if max_new_tokens == 0:
-        _check_prompt(prompt_ids, model.config)
-        return Generation(np.zeros(0, np.int32), np.zeros(0, np.int32))
-    state = prefill(
-        model,
-        prompt_ids,
-        drafter=drafter,
-        acceptance=acceptance,
-        max_new_tokens=max_new_tokens,
-        key=key,
-        eos_token_ids=eos_token_ids,
-        capacity=capacity,
-    )
-    return summarise(decode(model, state, drafter=drafter, acceptance=acceptance, eos_token_ids=eos_token_ids))
-
-
-@functools.partial(jax.jit, static_argnames=_STATIC)
-def _batch(
-    params: Params,
-    config: ModelConfig,
-    drafter: Drafter,
-    acceptance: Acceptance,
-    eos: tuple[int, ...],
-    tokens: Int[Array, "B S"],
-    lengths: Int[Array, "B"],
-    max_new: Int[Array, ""],
-    keys: jax.Array,
-) -> State:
-    plan = (params, config, drafter, acceptance, eos)
-    state = jax.vmap(functools.partial(start, *plan))(tokens, lengths, lengths + max_new, keys)
-    # One condition for the whole batch: with one per member, vmap would copy every cache at every step.
-    step = jax.vmap(functools.partial(round_, *plan))
-    return jax.lax.while_loop(lambda state: ~jnp.all(state.finished), step, state)
+        return _nothing()
+    return summarise(_loop(*request.plan, _prefill(request, key)))
 
 
 def generate_batch(
@@ -329,9 +209,10 @@ def generate_batch(
     eos_token_ids: Sequence[int] | None = None,
     capacity: int | None = None,
 ) -> list[Generation]:
-    """`generate` for prompts of any lengths at once, by `vmap`: each member gets what it would get alone.
+    """`generate` for prompts of any lengths at once, by `vmap`: in float32 each member gets what it would get alone.
 
-    A batch takes as many rounds as its slowest member. The arguments are `generate`'s, but for:
+    In bfloat16 a batch takes other matrix products, whose rounding differs, so that near-ties can flip. A batch takes
+    as many rounds as its slowest member. The arguments are `generate`'s, but for:
 
     Args:
       prompts: token ids, at least one prompt.
@@ -341,40 +222,16 @@ def generate_batch(
       PromptError: no prompts, another number of keys, or what `generate` refuses about any of them.
       SpecJaxError: whatever `drafter.check` finds.
     """
-    drafter, acceptance = drafter or NoDrafter(), acceptance or Greedy()
-    checked = [_check_prompt(prompt, model.config) for prompt in prompts]
-    if not checked:
+    if len(prompts) == 0:
         raise PromptError("there are no prompts; pass at least one.")
-    if max_new_tokens < 0:
-        raise PromptError(f"max_new_tokens is {max_new_tokens}; expected 0 or more.")
+    request = _check(model, prompts, drafter, acceptance, max_new_tokens, eos_token_ids, capacity)
+    keys = _check_key(keys, acceptance, len(prompts))
     if max_new_tokens == 0:
-        return [Generation(np.zeros(0, np.int32), np.zeros(0, np.int32)) for _ in checked]
-    drafter.check(model)
-    if acceptance.needs_key and (keys is None or keys.shape != (len(checked),)):
-        given = None if keys is None else keys.shape
-        raise PromptError(
-            f"{acceptance} draws random numbers for {len(checked)} prompts, keys have shape {given}; pass "
-            f"keys=jax.random.split(jax.random.key(seed), {len(checked)})."
-        )
-    longest = max(map(len, checked))
-    tokens = np.zeros(
-        (len(checked), _capacity(longest, max_new_tokens, drafter.tree, model.config, capacity)), np.int32
-    )
-    for row, prompt in zip(tokens, checked, strict=True):
-        row[: len(prompt)] = prompt
-    state = _batch(
-        model.params,
-        model.config,
-        drafter,
-        acceptance,
-        _eos(model.config, eos_token_ids),
-        jnp.asarray(tokens),
-        jnp.array([len(prompt) for prompt in checked], jnp.int32),
-        jnp.int32(max_new_tokens),
-        jax.random.split(jax.random.key(0), len(checked)) if keys is None else keys,
-    )
-    slim = dataclasses.replace(state, cache=None, draft=None, features=None, key=None)  # type: ignore[arg-type]
-    return [summarise(jax.tree.map(lambda leaf, i=i: leaf[i], slim)) for i in range(len(checked))]
+        return [_nothing() for _ in prompts]
+    arrays = (jnp.asarray(request.tokens), jnp.asarray(request.lengths), jnp.asarray(request.limits))
+    states = _batch(*request.plan, *arrays, keys)
+    slim = dataclasses.replace(states, cache=None, draft=None, features=None, key=None)  # type: ignore[arg-type]
+    return [summarise(jax.tree.map(lambda leaf, i=i: leaf[i], slim)) for i in range(len(prompts))]
 
 
 def stream(
@@ -390,24 +247,16 @@ def stream(
 ) -> Iterator[Round]:
     """`generate`, round by round: the same tokens for the same arguments, with one host sync per round.
 
-    The first item is the prefill's token. Arguments and errors are `generate`'s.
+    The first item is the prefill's token. Arguments and errors are `generate`'s; errors are raised by the call, before
+    the first item is asked for. For text, and to end at stop strings, feed the rounds to a `TextStream`.
     """
-    drafter, acceptance = drafter or NoDrafter(), acceptance or Greedy()
-    if max_new_tokens == 0:
-        _check_prompt(prompt_ids, model.config)
-        return
-    state = prefill(
-        model,
-        prompt_ids,
-        drafter=drafter,
-        acceptance=acceptance,
-        max_new_tokens=max_new_tokens,
-        key=key,
-        eos_token_ids=eos_token_ids,
-        capacity=capacity,
-    )
-    eos, width = _eos(model.config, eos_token_ids), drafter.tree.max_depth + 1
-    seen = len(prompt_ids)
+    request = _check(model, [prompt_ids], drafter, acceptance, max_new_tokens, eos_token_ids, capacity)
+    key = _check_key(key, acceptance)
+    return iter(()) if max_new_tokens == 0 else _stream(request, key)
+
+
+def _stream(request: _Request, key: jax.Array) -> Iterator[Round]:
+    state, seen, width = _prefill(request, key), int(request.lengths[0]), request.plan[2].tree.max_depth + 1
     while True:
         fresh = jax.lax.dynamic_slice(state.tokens, (seen,), (width,))
         fresh, length, confirmed, finished = jax.device_get((fresh, state.length, state.confirmed, state.finished))
@@ -415,7 +264,43 @@ def stream(
         if finished:
             return
         seen = int(length)
-        state = _round(model.params, model.config, drafter, acceptance, eos, state)
+        state = _round(*request.plan, state)
+
+
+def _nothing() -> Generation:
+    return Generation(np.zeros(0, np.int32), np.zeros(0, np.int32))
+
+
+def capacity_for(prompt: int, new: int, depth: int) -> int:
+    """The fewest cache slots for `prompt` + `new` tokens and a tree of `depth`, in whole prefill chunks.
+
+    A round writes a whole path at once, so that slots past the last token must exist: `depth` of them, and one more,
+    because a draft model's cache is a token ahead and goes on writing while others of its batch are unfinished.
+    """
+    return math.ceil((prompt + new + depth + 1) / PREFILL_CHUNK) * PREFILL_CHUNK
+
+
+def _check(
+    model: Model,
+    prompts: Sequence[Sequence[int] | np.ndarray],
+    drafter: Drafter | None,
+    acceptance: Acceptance | None,
+    max_new_tokens: int,
+    eos_token_ids: Sequence[int] | None,
+    capacity: int | None,
+) -> _Request:
+    drafter, acceptance = drafter or NoDrafter(), acceptance or Greedy()
+    checked = [_check_prompt(prompt, model.config) for prompt in prompts]
+    if not isinstance(max_new_tokens, int | np.integer) or isinstance(max_new_tokens, bool) or max_new_tokens < 0:
+        raise PromptError(f"max_new_tokens is {max_new_tokens!r}; expected a whole number, 0 or more.")
+    drafter.check(model)
+    lengths = np.array([len(prompt) for prompt in checked], np.int32)
+    tokens = np.zeros((len(checked), _slots(int(lengths.max()), max_new_tokens, drafter, model, capacity)), np.int32)
+    for row, prompt in zip(tokens, checked, strict=True):
+        row[: len(prompt)] = prompt
+    eos = _check_eos(model.config, eos_token_ids)
+    plan = (model.params, model.config, drafter.prepare(model.params), acceptance, eos)
+    return _Request(plan, tokens, lengths, lengths + np.int32(max_new_tokens))
 
 
 def _check_prompt(prompt_ids: Sequence[int] | np.ndarray, config: ModelConfig) -> np.ndarray:
@@ -434,22 +319,14 @@ def _check_prompt(prompt_ids: Sequence[int] | np.ndarray, config: ModelConfig) -
     return prompt.astype(np.int32)
 
 
-def capacity_for(prompt: int, new: int, depth: int) -> int:
-    """The fewest cache slots for `prompt` + `new` tokens and a tree of `depth`, in whole prefill chunks.
-
-    A round writes a whole path at once, so that slots past the last token must exist: `depth` of them, and one more,
-    because a draft model's cache is a token ahead and goes on writing while others of its batch are unfinished.
-    """
-    return math.ceil((prompt + new + depth + 1) / PREFILL_CHUNK) * PREFILL_CHUNK
-
-
-def _capacity(prompt: int, new: int, tree: Tree, config: ModelConfig, asked: int | None) -> int:
-    if prompt + new > config.max_positions:
-        raise PromptError(
-            f"{prompt} prompt tokens and max_new_tokens {new} exceed the model's context of {config.max_positions}; "
-            "shorten the prompt or lower max_new_tokens."
-        )
-    needed = capacity_for(prompt, new, tree.max_depth)
+def _slots(prompt: int, new: int, drafter: Drafter, model: Model, asked: int | None) -> int:
+    for whose, context in (("model", model.config.max_positions), ("draft model", drafter.max_positions)):
+        if context is not None and prompt + new > context:
+            raise PromptError(
+                f"{prompt} prompt tokens and max_new_tokens {new} exceed the {whose}'s context of {context}; "
+                "shorten the prompt or lower max_new_tokens."
+            )
+    needed = capacity_for(prompt, new, drafter.tree.max_depth)
     if asked is None:
         return max(128, 1 << (needed - 1).bit_length())
     if asked < needed or asked % PREFILL_CHUNK:
@@ -457,5 +334,31 @@ def _capacity(prompt: int, new: int, tree: Tree, config: ModelConfig, asked: int
     return asked
 
 
-def _eos(config: ModelConfig, asked: Sequence[int] | None) -> tuple[int, ...]:
-    return config.eos_token_ids if asked is None else tuple(int(token) for token in asked)
+def _check_eos(config: ModelConfig, asked: Sequence[int] | None) -> tuple[int, ...]:
+    if asked is None:
+        return config.eos_token_ids
+    ids = np.asarray(asked)
+    if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
+        raise PromptError(f"eos_token_ids is {asked!r}; expected a sequence of token ids, such as (2,) or ().")
+    if ids.size and (ids.min() < 0 or ids.max() >= config.vocab_size):
+        raise PromptError(
+            f"eos_token_ids {ids.tolist()} leave the vocabulary [0, {config.vocab_size}); is the tokenizer the model's?"
+        )
+    return tuple(ids.tolist())
+
+
+def _check_key(key: Any, acceptance: Acceptance | None, batch: int | None = None) -> jax.Array:
+    """The key, or for a batch the keys; rules that draw nothing get some where none are given."""
+    remedy = "key=jax.random.key(seed)" if batch is None else f"keys=jax.random.split(jax.random.key(seed), {batch})"
+    if key is None:
+        if acceptance is not None and acceptance.needs_key:
+            raise PromptError(f"{acceptance} draws random numbers; pass {remedy}.")
+        return jax.random.key(0) if batch is None else jax.random.split(jax.random.key(0), batch)
+    if isinstance(key, jax.Array) and key.dtype == jnp.uint32:  # as jax.random.PRNGKey makes them
+        key = jax.random.wrap_key_data(key)
+    shape = () if batch is None else (batch,)
+    typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    if not typed or key.shape != shape:
+        given = f"of shape {key.shape}" if typed else f"{key!r}"
+        raise PromptError(f"the PRNG key is {given}; pass {remedy}.")
+    return key

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from specjax.acceptance import Acceptance, Greedy, Sample
+from specjax.acceptance import Acceptance, Greedy, Sample, Typical
 from specjax.analysis.plots import save_decode_figures
 from specjax.analysis.round_time import choose_tree
 from specjax.analysis.search import expected_tokens, greedy_tree
@@ -70,11 +70,24 @@ class Method:
     draft_model: str | None = None
     temperature: float = 0.0  # 0: greedy; above: lossless sampling
     top_p: float = 1.0
+    top_k: int | None = None
+    typical: bool = False  # typical acceptance at that temperature: NOT lossless
 
     @property
     def acceptance(self) -> Acceptance:
-        """Greedy or sampling."""
-        return Sample(self.temperature, top_p=self.top_p) if self.temperature else Greedy()
+        """Greedy, sampling or typical.
+
+        Raises:
+          ConfigError: a parameter outside its range, or one that the rule does not have.
+        """
+        if (self.top_p != 1.0 or self.top_k is not None) and (self.typical or not self.temperature):
+            raise ConfigError(
+                f"{self.name}: top_p {self.top_p} and top_k {self.top_k} shape sampling; "
+                "set a temperature, and not typical."
+            )
+        if self.typical:
+            return Typical(self.temperature)
+        return Sample(self.temperature, self.top_k, self.top_p) if self.temperature else Greedy()
 
 
 @dataclass(frozen=True)
@@ -230,17 +243,16 @@ def load_config(path: Path) -> Any:
     return module.get_config()
 
 
-def run_file(path: Path, arguments: list[str]) -> int:
+def run_file(path: Path, arguments: list[str], output_dir: Path | None = None) -> int:
     """`specjax run`: loads the config, applies `--section.field VALUE` overrides, runs, and writes result.json.
 
-    `--output-dir DIR` says where (by default results/NAME/TIME); `--prompts FILE` is short for `--prompts.file FILE`.
+    `--prompts FILE` is short for `--prompts.file FILE`; the default for `output_dir` is results/NAME/TIME.
 
     Raises:
       ConfigError: a file that is no experiment, or an output directory that already holds a result.
     """
     config, arguments = load_config(path), ["--prompts.file" if a == "--prompts" else a for a in arguments]
-    default_dir = Path("results") / path.stem / time.strftime("%Y%m%d-%H%M%S")
-    directory, arguments = _output_dir(arguments, default_dir)
+    directory = output_dir or Path("results") / path.stem / time.strftime("%Y%m%d-%H%M%S")
     config = tyro.cli(type(config), default=config, args=arguments, prog=f"specjax run {path}")
     return run_config(config, directory, Console())
 
@@ -259,14 +271,3 @@ def run_config(config: Experiment, directory: Path, console: Console) -> int:
     target.write_text(json.dumps(result, indent=2) + "\n")
     console.print(f"wrote {target}")
     return 0
-
-
-def _output_dir(arguments: list[str], default: Path) -> tuple[Path, list[str]]:
-    for i, argument in enumerate(arguments):
-        if argument.startswith("--output-dir="):
-            return Path(argument.split("=", 1)[1]), arguments[:i] + arguments[i + 1 :]
-        if argument == "--output-dir":
-            if i + 1 == len(arguments):
-                raise ConfigError("--output-dir names no directory.")
-            return Path(arguments[i + 1]), arguments[:i] + arguments[i + 2 :]
-    return default, arguments

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,10 +15,14 @@ import tokenizers
 
 import specjax as sj
 from specjax import params
-from specjax.acceptance import Proposal
 from specjax.heads import init_heads
 from specjax.loading.heads import save_heads
 from specjax.loading.hf import save_hf
+from specjax.proposal import Proposal
+
+# Tests compile many programs and run most of them briefly. XLA reads this when it first compiles; the products of the
+# real models are library calls, which it leaves as fast as they are.
+os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=1 {os.environ.get('XLA_FLAGS', '')}".strip()
 
 # Parity needs torch, whose CPU build exists for Python 3.11 only; the Makefile says so when it leaves it out.
 collect_ignore = [] if importlib.util.find_spec("transformers") else ["parity"]
@@ -110,8 +115,14 @@ class ScriptedDrafter:
     vocab: jax.Array
     tree: sj.Tree = field(metadata={"static": True})
 
+    max_positions = None
+
     def check(self, config):
         """Fits every target."""
+
+    def prepare(self, target):
+        """Nothing to prepare."""
+        return self
 
     def init(self, target, context):
         """No state."""
@@ -123,7 +134,7 @@ class ScriptedDrafter:
         shifted = (true + self.shift[np.maximum(depths - 1, 0), ranks]) % self.vocab
         return Proposal(jnp.where(depths == 0, context.root, shifted))
 
-    def update(self, state, context, verdict):
+    def update(self, state, context, verdict, longest):
         """No state."""
 
 

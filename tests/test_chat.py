@@ -1,12 +1,18 @@
-"""Streaming detokenisation."""
+"""Streaming detokenisation, stop strings, and what the terminal shows."""
+
+import io
+import re
 
 import numpy as np
 import pytest
 import tokenizers
+from conftest import tiny_model
+from rich.console import Console
 
 import specjax as sj
-from specjax.chat import TextStream
+from specjax.chat import Shown, show
 from specjax.loading.tokenizer import Tokenizer
+from specjax.text import TextStream
 
 
 @pytest.fixture(scope="module")
@@ -64,3 +70,53 @@ def test_what_only_begins_a_stop_string_is_shown_at_the_end(bytewise):
     assert stream.finish() == "<e"
     with pytest.raises(sj.PromptError, match="stop string"):
         TextStream(bytewise, [""])
+
+
+@pytest.mark.parametrize("kind", ["draft", "hybrid"])
+def test_stop_strings_end_a_stream(bytewise, kind):
+    model, draft = tiny_model(vocab=256, num_layers=1), tiny_model(9, vocab=256, num_layers=1)
+    vanilla = sj.DraftModelDrafter(draft, sj.Tree.chain(2))
+    drafter = vanilla if kind == "draft" else sj.HybridDrafter((sj.NgramDrafter(sj.Tree.chain(3)), vanilla))
+    request = {"drafter": drafter, "max_new_tokens": 40}
+    whole = bytewise.decode(sj.generate(model, [3, 4], **request).tokens)
+    stop = whole[12:15]
+    text, said = sj.TextStream(bytewise, [stop]), ""
+    for item in sj.stream(model, [3, 4], **request):
+        said += text.push(item.tokens)
+        if text.stopped:
+            break
+    assert text.stopped
+    assert said + text.finish() == whole[: whole.index(stop)]
+
+
+def printed(rounds, tokenizer, shown, **options):
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, color_system="standard", highlight=False)
+    show(rounds, tokenizer, console, shown, **options)
+    return file.getvalue()
+
+
+def test_accepted_drafts_are_green(bytewise):
+    rounds = [
+        sj.Round(np.array(bytewise.encode("a")), 0),
+        sj.Round(np.array(bytewise.encode("bcd")), 2),
+        sj.Round(np.array(bytewise.encode("ef")), 2),  # cut by the budget: both are drafts
+    ]
+    shown = Shown()
+    out = printed(rounds, bytewise, shown, colour=True)
+    assert re.findall("\x1b\\[32m(.*?)\x1b", out) == ["bc", "ef"]
+    assert re.sub("\x1b\\[[0-9;]*m", "", out) == "abcdef\n"
+    assert shown.text == "abcdef"
+    assert str(shown.tally) == "6 tokens, 2 rounds after the prefill: 2.50 tokens per round (1.50 of them drafts)"
+    assert "\x1b[32m" not in printed(rounds, bytewise, Shown(), colour=False)
+
+
+def test_what_was_said_before_an_interruption_is_kept(bytewise):
+    def rounds():
+        yield sj.Round(np.array(bytewise.encode("so far")), 0)
+        raise KeyboardInterrupt
+
+    shown = Shown()
+    with pytest.raises(KeyboardInterrupt):
+        printed(rounds(), bytewise, shown, colour=True)
+    assert shown.text == "so far"

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,12 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import HITS
+from rich.console import Console
 
 import specjax as sj
 from specjax import bench
 from specjax.analysis.round_time import choose_tree
 from specjax.analysis.search import expected_tokens, greedy_tree
 from specjax.cli import main
+from specjax.experiment import DecodeExperiment, Decoding, Method, Prompts, load_config
 
 
 @pytest.fixture
@@ -98,8 +101,9 @@ def test_generate_prints_the_text_and_the_statistics(checkpoint, capsys):
     one = capsys.readouterr().out
     assert main([*command, "--temperature", "1", "--seed", "3"]) == 0
     assert capsys.readouterr().out == one
-    for drafter in ("none", "ngram", "ngram+medusa", "draft", "ngram+draft"):
-        assert main([*command, "--drafter", drafter, "--heads", heads, "--draft-model", str(checkpoint)]) == 0
+    draft = ["--draft-model", str(checkpoint)]
+    for drafter, files in (("ngram", []), ("ngram+medusa", ["--heads", heads]), ("ngram+draft", draft)):
+        assert main([*command, "--drafter", drafter, *files]) == 0
         assert capsys.readouterr().out == plain.out
     stop = plain.out.strip()[3:6]
     for drafter in ("none", "ngram"):
@@ -123,6 +127,11 @@ def test_generate_prints_the_text_and_the_statistics(checkpoint, capsys):
         (["--stop", ""], "stop string"),
         (["--temperature", "-1"], "temperature"),
         (["--raw", "--prompt", ""], "at least one"),
+        (["--tree", "chain:2"], "--tree is about drafts"),
+        (["--drafter", "ngram", "--heads", "h"], "--heads is for the drafter medusa"),
+        (["--drafter", "ngram", "--draft-model", "d"], "--draft-model is for the drafter draft"),
+        (["--top-k", "3"], "--top-k 3"),
+        (["--top-p", "0.9", "--drafter", "ngram", "--typical"], "typical acceptance has none"),
     ],
 )
 def test_generate_refuses_in_one_line(checkpoint, capsys, extra, message):
@@ -130,6 +139,37 @@ def test_generate_refuses_in_one_line(checkpoint, capsys, extra, message):
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+def test_a_model_without_a_template_takes_raw_prompts(checkpoint, tmp_path, capsys):
+    directory = tmp_path / "plain"
+    shutil.copytree(checkpoint, directory, ignore=shutil.ignore_patterns("heads", "tokenizer_config.json"))
+    command = ["generate", "--model", str(directory), "--prompt", "hi", "--max-new-tokens", "2"]
+    assert main(command) == 2
+    assert "--raw" in capsys.readouterr().err
+    assert main([*command, "--raw"]) == 0
+
+
+def test_an_interrupted_answer_stays_in_the_chat(checkpoint, monkeypatch, capsys):
+    lines, asked = iter(["hello", "again", "/exit"]), []
+    monkeypatch.setattr("builtins.input", lambda *_: next(lines))
+    stream = sj.stream
+
+    def interrupted(model, ids, **request):
+        asked.append(model.tokenizer.decode(ids))
+        rounds = stream(model, ids, **request)
+        yield next(rounds)
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+        yield from rounds
+
+    monkeypatch.setattr(sj, "stream", interrupted)
+    assert main(["chat", "--model", str(checkpoint), "--max-new-tokens", "4", "--dtype", "float32"]) == 0
+    out = capsys.readouterr().out
+    assert "interrupted" in out
+    assert "4 tokens" in out
+    assert asked[1].startswith("<user>hello<assistant>")
+    assert asked[1].endswith("<user>again<a>")
 
 
 def test_chat_keeps_the_conversation(checkpoint, monkeypatch, capsys):
@@ -157,6 +197,65 @@ def test_help_names_every_command():
         [Path(sys.executable).with_name("specjax"), "--help"], capture_output=True, text=True, check=True
     ).stdout
     assert all(name in text for name in ("run", "generate", "chat", "tree"))
+
+
+def test_run_has_help_with_and_without_a_file(experiment, capsys):
+    assert main(["run", "--help"]) == 0
+    assert "--output-dir" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        main(["run", str(experiment), "--help"])
+    assert ended.value.code == 0
+    assert "--decoding.max-new-tokens" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        main(["run"])
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert sj.__version__ in capsys.readouterr().out
+
+
+def test_files_that_cannot_be_written_are_one_line(experiment, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["run", "--output-dir", str(tmp_path / "file" / "sub"), str(experiment)]) == 2
+    assert "file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", sorted((Path(__file__).parents[1] / "experiments").glob("*.py")), ids=lambda f: f.stem)
+def test_the_shipped_experiments_load(file):
+    config = load_config(file)
+    assert callable(config.run)
+    trees = [method.tree for method in getattr(config, "methods", ())] + list(getattr(config, "trees", ()))
+    trees += [tree for _, tree in getattr(config, "drafters", ())]
+    for tree in trees:
+        for part in tree.split("+"):
+            assert part == "auto" or sj.Tree.parse(part).size > 1
+    for method in getattr(config, "methods", ()):
+        assert method.acceptance is not None
+
+
+def test_methods_say_how_they_accept():
+    assert Method("a").acceptance == sj.Greedy()
+    assert Method("a", temperature=0.7, top_p=0.9, top_k=5).acceptance == sj.Sample(0.7, 5, 0.9)
+    assert Method("a", temperature=0.7, typical=True).acceptance == sj.Typical(0.7)
+    for settings in ({"top_k": 5}, {"top_p": 0.9, "temperature": 1.0, "typical": True}, {"typical": True}):
+        with pytest.raises(sj.ConfigError):
+            _ = Method("a", **settings).acceptance
+
+
+def test_sampling_is_compared_with_sampling(checkpoint, tmp_path):
+    methods = (
+        Method("autoregressive", "float32"),
+        Method("autoregressive_T", "float32", temperature=0.8),
+        Method("ngram_T", "float32", drafter="ngram", tree="chain:2", temperature=0.8),
+        Method("typical", "float32", drafter="ngram", tree="chain:2", temperature=0.8, typical=True),
+    )
+    config = DecodeExperiment("t", str(checkpoint), methods, Prompts(per_category=1), Decoding(max_new_tokens=8))
+    greedy, base, ngram, typical = config.run(tmp_path, Console(quiet=True))["methods"]
+    assert [m["temperature"] for m in (greedy, base, ngram, typical)] == [0.0, 0.8, 0.8, 0.8]
+    assert "speedup" not in base
+    assert "speedup" in ngram
+    assert "identical_to_autoregressive" not in ngram  # samples differ, whatever their law
+    assert ngram["lossless"]
+    assert not typical["lossless"]
 
 
 def test_choose_tree_takes_the_fastest_measured_size(checkpoint):

@@ -1,6 +1,9 @@
-"""The real model: Medusa output equals autoregressive output, and the heads that ship earn their keep."""
+"""The real model: its heads, both architectures, the README's examples. Losslessness: test_lossless_real.py."""
 
 import dataclasses
+import re
+from importlib import resources
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,26 +11,8 @@ import numpy as np
 
 import specjax as sj
 from specjax.loading.heads import heads_metadata
-from specjax.prompts import load_prompts
 
 HEADS = "smollm2-135m-instruct"
-TREE = sj.Tree.from_paths([(0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0)])
-
-
-def test_medusa_output_is_autoregressive_on_40_prompts_of_128_tokens(smollm2):
-    drafter = sj.MedusaDrafter(sj.load_heads(HEADS, smollm2.config, dtype=jnp.float32), TREE)
-    prompts = [p for p in load_prompts() if p.question_id <= 40]
-    assert len(prompts) == 40
-    committed = rounds = 0
-    for prompt in prompts:
-        ids = smollm2.tokenizer.apply_chat_template([{"role": "user", "content": prompt.turns[0]}])
-        request = {"max_new_tokens": 128, "capacity": 512}
-        base = sj.generate(smollm2, ids, **request)
-        out = sj.generate(smollm2, ids, drafter=drafter, **request)
-        np.testing.assert_array_equal(out.tokens, base.tokens, err_msg=prompt.turns[0])
-        committed += int((out.accepted_lengths + 1).sum())
-        rounds += out.rounds
-    assert committed / rounds > 1.4  # a guard against worse heads: 1.46 when written, 1.7 is the aim
 
 
 def test_shipped_heads_are_small_and_recorded():
@@ -35,6 +20,8 @@ def test_shipped_heads_are_small_and_recorded():
     assert np.asarray(metadata["hits"]).shape == (4, 10)
     assert metadata["target"] == HEADS
     assert metadata["accuracy"]["top1"][0] > 0.3
+    heads = resources.files("specjax") / "data" / "heads" / f"{HEADS}.safetensors"
+    assert len(heads.read_bytes()) < 4e6
 
 
 def test_a_qwen2_with_zero_biases_is_the_llama(smollm2):
@@ -45,3 +32,15 @@ def test_a_qwen2_with_zero_biases_is_the_llama(smollm2):
     ids = smollm2.tokenizer.apply_chat_template([{"role": "user", "content": "Name three rivers in Europe."}])
     request = {"max_new_tokens": 32, "key": jax.random.key(0), "acceptance": sj.Sample()}
     np.testing.assert_array_equal(sj.generate(qwen, ids, **request).tokens, sj.generate(smollm2, ids, **request).tokens)
+
+
+def test_the_readmes_examples_run(capsys):
+    """All of its Python, in order, in one namespace."""
+    blocks = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text("utf-8"), re.DOTALL)
+    assert len(blocks) >= 3
+    scope = {}
+    for block in blocks:
+        exec(block, scope)
+    assert scope["out"].tokens_per_round > 1.0
+    assert len(scope["outs"]) == 2
+    assert "4." not in capsys.readouterr().out.splitlines()[-1]  # the stop string of the last example

@@ -59,14 +59,15 @@ class PromptLookup:
 
         theirs.register_forward_hook(count)
         ours: dict[str, NgramDrafter | None] = {"autoregressive": None}
-        ours |= {f"ngram {text}": NgramDrafter(Tree.parse(text)) for text in self.trees}
+        trees = [Tree.parse(text) for text in self.trees]
+        ours |= {f"ngram {text}": NgramDrafter(tree) for text, tree in zip(self.trees, trees, strict=True)}
         lookup = {"prompt_lookup_num_tokens": self.lookup}
         other: dict[str, dict[str, Any]] = {"transformers": {}, "transformers lookup": lookup}
         tokens = dict.fromkeys((*ours, *other), 0)
         rounds = dict.fromkeys(tokens, 0)
         seconds: dict[str, list[float]] = {name: [] for name in tokens}
         same = dict.fromkeys(tokens, 0)
-        capacity = decode.capacity_for(max(map(len, ids)), self.max_new_tokens, 10)
+        capacity = decode.capacity_for(max(map(len, ids)), self.max_new_tokens, max(tree.max_depth for tree in trees))
         for number, prompt in enumerate([ids[0], *ids]):  # the first one once more, to warm up
             reference: list[int] = []
             for name, drafter in ours.items():

@@ -42,6 +42,7 @@ def sample(
     """
     drafter = drafter or NoDrafter()
     drafter.check(model)
+    drafter = drafter.prepare(model.params)
     tokens = np.zeros(decode.capacity_for(len(prompt_ids), length, drafter.tree.max_depth), np.int32)
     tokens[: len(prompt_ids)] = prompt_ids
 
@@ -50,8 +51,7 @@ def sample(
         n = jnp.int32(len(prompt_ids))
         begin = functools.partial(decode.start, params, config, drafter, acceptance, (), jnp.asarray(tokens), n)
         state = jax.vmap(functools.partial(begin, n + length))(jax.random.split(key, batch_size))
-        step = jax.vmap(functools.partial(decode.round_, params, config, drafter, acceptance, ()))
-        state = jax.lax.while_loop(lambda state: ~jnp.all(state.finished), step, state)
+        state = decode.batch_loop(params, config, drafter, acceptance, (), state)
         accepted = jnp.where(jnp.arange(state.accepted.shape[1]) < state.rounds[:, None], state.accepted, 0)
         return state.tokens[:, len(prompt_ids) : len(prompt_ids) + length], accepted.sum() / state.rounds.sum()
 

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from specjax.acceptance import Proposal, Verdict
 from specjax.loading.load import Model
 from specjax.params import Params
+from specjax.proposal import Proposal, Verdict
 from specjax.tree import Tree
 
 
@@ -35,7 +35,9 @@ class Context:
 class Drafter(Protocol):
     """Three pure functions over a pytree state, and the static tree they fill. Implementations are pytrees themselves.
 
-    The functions are traced once; `target` are the target's parameters, which some drafters share.
+    The functions are traced once; `target` are the target's parameters, which some drafters share. `init`, `propose`
+    and `update` are called on what `prepare` gave. Their state is a sequence's own: a batch holds one for each member.
+    What is the same for all sequences belongs into the prepared drafter.
     """
 
     @property
@@ -43,8 +45,21 @@ class Drafter(Protocol):
         """The topology that `propose` fills (static)."""
         ...
 
+    @property
+    def max_positions(self) -> int | None:
+        """The longest sequence it can read, prompt and continuation together; None: any."""
+        ...
+
     def check(self, target: Model) -> None:
         """Raises a `SpecJaxError` when this drafter cannot draft for that target. Called before tracing."""
+
+    def prepare(self, target: Params) -> "Drafter":
+        """This drafter with what it computes from the target once for all sequences. Idempotent.
+
+        Called before tracing, so that it may also drop static fields that only `check` reads (a tokenizer is hashed by
+        identity: kept, it would make equal requests compile anew).
+        """
+        ...
 
     def init(self, target: Params, context: Context) -> Any:
         """The drafter's state after the prompt."""
@@ -53,8 +68,15 @@ class Drafter(Protocol):
         """Fills the tree for the next round."""
         ...
 
-    def update(self, state: Any, context: Context, verdict: Verdict) -> Any:
-        """The state after a round; `context` already holds the newly committed tokens."""
+    def update(self, state: Any, context: Context, verdict: Verdict, longest: int) -> Any:
+        """The state after a round.
+
+        Args:
+          context: already holds the newly committed tokens.
+          verdict: in this drafter's own nodes; the root where another part of a hybrid was followed.
+          longest: the most tokens that a round can commit (static): one more than the depth of the loop's tree, which
+            for a part of a hybrid may exceed its own.
+        """
 
 
 @jax.tree_util.register_dataclass
@@ -67,8 +89,16 @@ class NoDrafter:
         """The root alone."""
         return Tree.chain(0)
 
+    @property
+    def max_positions(self) -> None:
+        """Any length."""
+
     def check(self, target: Model) -> None:
         """Fits every target."""
+
+    def prepare(self, target: Params) -> "NoDrafter":
+        """Nothing to prepare."""
+        return self
 
     def init(self, target: Params, context: Context) -> None:
         """No state."""
@@ -77,5 +107,5 @@ class NoDrafter:
         """The root."""
         return Proposal(jnp.reshape(context.root, (1,)))
 
-    def update(self, state: None, context: Context, verdict: Verdict) -> None:
+    def update(self, state: None, context: Context, verdict: Verdict, longest: int) -> None:
         """No state."""

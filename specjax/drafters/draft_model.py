@@ -1,6 +1,6 @@
 """A draft model (Leviathan et al. 2023; Chen et al. 2023): a small decoder drafts chains or, with siblings, trees."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +8,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from specjax import cache as kv
-from specjax.acceptance import NO_DRAFT, Proposal, Verdict
 from specjax.drafters.base import Context
 from specjax.errors import ConfigError, TreeError
 from specjax.loading.load import Model
 from specjax.model import forward, read, unembed
 from specjax.params import Params
+from specjax.proposal import NO_DRAFT, Proposal, Verdict
 from specjax.sampling import check, warp
 from specjax.tree import Tree
 
@@ -25,7 +25,6 @@ class DraftState:
 
     cache: kv.KVCache
     features: Float[Array, "D"]  # at the root
-    to_draft: Int[Array, "V"]  # target id -> draft id
 
 
 @jax.tree_util.register_dataclass
@@ -36,7 +35,7 @@ class DraftModelDrafter:
     At temperature 0 a node of rank r holds its parent's r-th best token: a deterministic proposal. Above, siblings are
     drawn without replacement from the draft's warped distribution (Gumbel top-k), in the order of their ranks, and the
     proposal carries their laws. Every temperature is lossless under `Sample`, whatever the target's; equal ones accept
-    most.
+    most. The whole tree is drafted in every round, also where fewer tokens remain to be said.
 
     Attributes:
       draft: the model.
@@ -44,6 +43,7 @@ class DraftModelDrafter:
       temperature, top_k, top_p: how the draft samples (static).
       token_map: target id of every draft id [Vd], for drafts of a reduced vocabulary; -1 marks the row as which all
         other tokens are read. None: ids mean the same in both, up to the smaller vocabulary's end.
+      to_draft: the draft id of every target id [V]; `prepare` fills it.
 
     Raises:
       ConfigError: a sampling parameter outside its range, or a token map of another length than the draft's vocabulary.
@@ -55,9 +55,15 @@ class DraftModelDrafter:
     top_k: int | None = field(default=None, metadata={"static": True})
     top_p: float = field(default=1.0, metadata={"static": True})
     token_map: Int[Array, "Vd"] | None = None
+    to_draft: Int[Array, "V"] | None = None
 
     def __post_init__(self) -> None:
         check(self.temperature or 1.0, self.top_k, self.top_p)
+
+    @property
+    def max_positions(self) -> int:
+        """The draft's own context."""
+        return self.draft.config.max_positions
 
     def check(self, target: Model) -> None:
         """Checks that draft and target speak of the same tokens.
@@ -80,7 +86,7 @@ class DraftModelDrafter:
                     f"the token map names {len(proposed)} of the target's {wanted} tokens and has "
                     f"{(ids < 0).sum()} entries of -1; expected exactly one, the row that stands for all others."
                 )
-        else:
+        elif self.to_draft is None:  # a prepared drafter has dropped its tokenizer
             self._check_tokenizers(target)
         if self.tree.child_table.shape[1] > min(size, wanted) or max(self.tree.ranks) >= min(size, wanted):
             raise TreeError(
@@ -104,8 +110,10 @@ class DraftModelDrafter:
                 "tell whether they differ in padding alone; load both with their tokenizers, or give a token_map."
             )
 
-    def init(self, target: Params, context: Context) -> DraftState:
-        """Reads the prompt and the root."""
+    def prepare(self, target: Params) -> "DraftModelDrafter":
+        """Inverts the token map, and drops the tokenizer."""
+        if self.to_draft is not None:
+            return self
         size, wanted = self.draft.config.vocab_size, target.unembedding.shape[0]
         if self.token_map is None:
             to_draft = jnp.minimum(jnp.arange(wanted), size - 1)
@@ -113,9 +121,16 @@ class DraftModelDrafter:
             rows, ids = jnp.arange(size), self.token_map
             other = jnp.max(jnp.where(ids < 0, rows, 0))
             to_draft = jnp.full(wanted, other).at[jnp.where(ids < 0, wanted, ids)].set(rows, mode="drop")
-        tokens = jnp.take(to_draft, context.tokens, mode="clip")
-        features, cache = read(self.draft.params, self.draft.config, tokens, context.length)
-        return DraftState(cache, features, to_draft)
+        return replace(self, draft=replace(self.draft, tokenizer=None), to_draft=to_draft)
+
+    def init(self, target: Params, context: Context) -> DraftState:
+        """Reads the prompt and the root."""
+        features, cache = read(self.draft.params, self.draft.config, self._read_as(context.tokens), context.length)
+        return DraftState(cache, features)
+
+    def _read_as(self, tokens: Int[Array, "n"]) -> Int[Array, "n"]:
+        assert self.to_draft is not None, "call prepare first"
+        return jnp.take(self.to_draft, tokens, mode="clip")
 
     def propose(self, target: Params, state: DraftState, context: Context, key: jax.Array) -> Proposal:
         """Depth by depth: the draft reads the nodes so far, each sees its ancestors, and their children are chosen."""
@@ -131,7 +146,7 @@ class DraftModelDrafter:
                 out = forward(
                     self.draft.params,
                     self.draft.config,
-                    jnp.take(state.to_draft, jnp.maximum(tokens[1:], 0), mode="clip"),
+                    self._read_as(jnp.maximum(tokens[1:], 0)),
                     cache=state.cache,
                     positions=state.cache.length + tree.depths[drafted] - 1,
                     mask=tree.ancestors[drafted, drafted],
@@ -175,12 +190,12 @@ class DraftModelDrafter:
         common = logits[:, :wanted]
         return jnp.pad(common, ((0, 0), (0, wanted - common.shape[1])), constant_values=-jnp.inf)
 
-    def update(self, state: DraftState, context: Context, verdict: Verdict) -> DraftState:
+    def update(self, state: DraftState, context: Context, verdict: Verdict, longest: int) -> DraftState:
         """Reads the newly committed tokens. The window is as long as a round can be; what lies past them is garbage."""
-        window = state.cache.length + jnp.arange(self.tree.max_depth + 1)
-        tokens = jnp.take(state.to_draft, jnp.take(context.tokens, window, mode="clip"), mode="clip")
+        window = state.cache.length + jnp.arange(longest)
+        tokens = self._read_as(jnp.take(context.tokens, window, mode="clip"))
         out = forward(self.draft.params, self.draft.config, tokens, cache=state.cache)
         count = context.length - state.cache.length
         # A finished state of a batch commits nothing, and keeps its feature.
         features = jnp.where(count > 0, out.features[jnp.maximum(count - 1, 0)], state.features)
-        return DraftState(kv.write(state.cache, out.rows, count), features, state.to_draft)
+        return DraftState(kv.write(state.cache, out.rows, count), features)

@@ -1,7 +1,7 @@
 """Hybrid drafting: one static tree whose branches come from different drafters."""
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from specjax.acceptance import NO_DRAFT, Proposal, Verdict
 from specjax.drafters.base import Context, Drafter
 from specjax.errors import ConfigError
 from specjax.loading.load import Model
 from specjax.params import Params
+from specjax.proposal import NO_DRAFT, Proposal, Verdict
 from specjax.tree import Tree
 
 
@@ -22,8 +22,8 @@ from specjax.tree import Tree
 class HybridDrafter:
     """The parts' trees side by side below one root, for instance an n-gram chain beside a Medusa tree.
 
-    Siblings are tried part by part. Two parts may propose the same path; under every acceptance rule the output stays
-    what it is without them.
+    Siblings are tried part by part. Two parts may propose the same path: then `Greedy` gives the same tokens and
+    `Sample` the same law as ever. (`Typical` is lossy: its output depends on what is drafted.)
 
     Raises:
       ConfigError: no parts.
@@ -40,10 +40,19 @@ class HybridDrafter:
         """The merged topology: each part keeps its shape, its ranks at depth 1 come after those of the parts before."""
         return _merge(tuple(part.tree for part in self.parts))[0]
 
+    @property
+    def max_positions(self) -> int | None:
+        """The shortest of the parts'."""
+        return min((n for n in (part.max_positions for part in self.parts) if n is not None), default=None)
+
     def check(self, target: Model) -> None:
         """Whatever the parts raise."""
         for part in self.parts:
             part.check(target)
+
+    def prepare(self, target: Params) -> "HybridDrafter":
+        """The parts, prepared."""
+        return HybridDrafter(tuple(part.prepare(target) for part in self.parts))
 
     def init(self, target: Params, context: Context) -> tuple[Any, ...]:
         """The parts' states."""
@@ -64,9 +73,17 @@ class HybridDrafter:
             log_q = log_q.at[place].set(_laws(proposal, log_q.shape[1]))
         return Proposal(tokens, log_q)
 
-    def update(self, state: tuple[Any, ...], context: Context, verdict: Verdict) -> tuple[Any, ...]:
-        """Every part learns what was committed; `verdict.node` counts the merged tree's nodes."""
-        return tuple(part.update(s, context, verdict) for part, s in zip(self.parts, state, strict=True))
+    def update(self, state: tuple[Any, ...], context: Context, verdict: Verdict, longest: int) -> tuple[Any, ...]:
+        """Every part learns what was committed, with the verdict in its own nodes."""
+        tree, places = _merge(tuple(part.tree for part in self.parts))
+        states = []
+        for part, place, inner in zip(self.parts, places, state, strict=True):
+            own = np.zeros(tree.size, np.int32)  # the root stands for the other parts' nodes
+            own[place] = np.arange(len(place))
+            node = jnp.asarray(own)[verdict.node]
+            mine = replace(verdict, node=node, accepted=jnp.asarray(part.tree.depths)[node])
+            states.append(part.update(inner, context, mine, longest))
+        return tuple(states)
 
 
 def _laws(proposal: Proposal, vocab: int) -> Float[Array, "M V"]:

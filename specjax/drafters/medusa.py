@@ -1,28 +1,35 @@
 """Medusa (Cai et al. 2024): heads that read the target's last feature fill the tree with their top-k tokens."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from specjax.acceptance import Proposal, Verdict
 from specjax.drafters.base import Context
 from specjax.errors import ConfigError, TreeError
 from specjax.heads import Heads, draft_projection, top_tokens
 from specjax.loading.load import Model
 from specjax.params import Params
+from specjax.proposal import Proposal, Verdict
 from specjax.tree import Tree
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class MedusaDrafter:
-    """A node at depth d with rank r holds head d's r-th best token (heads counted from 1): a deterministic proposal."""
+    """A node at depth d with rank r holds head d's r-th best token (heads counted from 1): a deterministic proposal.
+
+    Attributes:
+      heads: with their weights.
+      tree: the topology (static).
+      projection: what heads without their own multiply by [R D]; `prepare` fills it.
+    """
 
     heads: Heads
     tree: Tree = field(metadata={"static": True})
+    projection: Float[Array, "R D"] | None = None
 
     def check(self, target: Model) -> None:
         """Checks that heads, tree and target fit each other.
@@ -47,20 +54,26 @@ class MedusaDrafter:
                 f"the tree asks for {widest} candidates at one depth, more than the heads' vocabulary holds."
             )
 
-    def init(self, target: Params, context: Context) -> Float[Array, "R D"] | None:
-        """The projection the heads multiply by, restricted to their vocabulary once for the whole generation."""
-        return draft_projection(self.heads, target.unembedding)
+    @property
+    def max_positions(self) -> None:
+        """Any length: the heads read one feature."""
 
-    def propose(self, target: Params, state: Float[Array, "R D"] | None, context: Context, key: jax.Array) -> Proposal:
+    def prepare(self, target: Params) -> "MedusaDrafter":
+        """Restricts the target's LM head to the heads' vocabulary, once for all sequences and rounds."""
+        if self.projection is not None:
+            return self
+        return replace(self, projection=draft_projection(self.heads, target.unembedding))
+
+    def init(self, target: Params, context: Context) -> None:
+        """No state: the heads read only the newest feature, which the loop keeps."""
+
+    def propose(self, target: Params, state: None, context: Context, key: jax.Array) -> Proposal:
         """Top-k tokens of every head, laid out over the tree."""
         if self.tree.max_depth == 0:
             return Proposal(jnp.reshape(context.root, (1,)))
-        ranked = top_tokens(self.heads, state, context.features, max(self.tree.max_rank_by_depth))
+        ranked = top_tokens(self.heads, self.projection, context.features, max(self.tree.max_rank_by_depth))
         head, rank = self.tree.depths[1:] - 1, np.asarray(self.tree.ranks[1:])
         return Proposal(jnp.concatenate([context.root[None], ranked[head, rank]]))
 
-    def update(
-        self, state: Float[Array, "R D"] | None, context: Context, verdict: Verdict
-    ) -> Float[Array, "R D"] | None:
-        """Nothing to carry: the heads read only the newest feature, which the loop keeps."""
-        return state
+    def update(self, state: None, context: Context, verdict: Verdict, longest: int) -> None:
+        """No state."""

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from specjax.acceptance import NO_DRAFT, Proposal, Verdict
 from specjax.drafters.base import Context
 from specjax.errors import ConfigError
 from specjax.loading.load import Model
 from specjax.params import Params
+from specjax.proposal import NO_DRAFT, Proposal, Verdict
 from specjax.tree import Tree
 
 
@@ -44,8 +44,16 @@ class NgramDrafter:
         if not 1 <= self.min_n <= self.max_n:
             raise ConfigError(f"min_n is {self.min_n} and max_n {self.max_n}; expected 1 <= min_n <= max_n.")
 
+    @property
+    def max_positions(self) -> None:
+        """Any length."""
+
     def check(self, target: Model) -> None:
         """Fits every target."""
+
+    def prepare(self, target: Params) -> "NgramDrafter":
+        """Nothing to prepare."""
+        return self
 
     def init(self, target: Params, context: Context) -> None:
         """No state: the token buffer is all it reads."""
@@ -68,7 +76,7 @@ class NgramDrafter:
             matched = jnp.where((text == drafted[:, None]) & (slots < last), before + 1, 0)
         return Proposal(jnp.concatenate(drafts))
 
-    def update(self, state: None, context: Context, verdict: Verdict) -> None:
+    def update(self, state: None, context: Context, verdict: Verdict, longest: int) -> None:
         """No state."""
 
     def _matches(self, text: Int[Array, "S"], last: Int[Array, ""]) -> Int[Array, "S"]:

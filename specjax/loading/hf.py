@@ -137,6 +137,9 @@ def _json(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text("utf-8"))
+        content = json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}); is the download complete?") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds {type(content).__name__}, not a JSON object; is the download complete?")
+    return content

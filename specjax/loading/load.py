@@ -38,6 +38,7 @@ _HF_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
+    _TOKEN_MAP,
 )
 
 
@@ -65,16 +66,19 @@ def load_model(source: str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32
         ill-fitting tensors are listed at once.
       ConfigError: an architecture, a feature or a `dtype` that the decoder does not compute.
     """
-    if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
-        raise ConfigError(f"dtype is {jnp.dtype(dtype).name}; parameters can be float32 or bfloat16.")
-    path = local_path(source)
-    if path.suffix == ".gguf" and path.is_file():
+    try:
+        wanted = jnp.dtype(dtype)
+    except TypeError as error:
+        raise ConfigError(f"dtype is {dtype!r}; parameters can be float32 or bfloat16.") from error
+    if wanted not in (jnp.float32, jnp.bfloat16):
+        raise ConfigError(f"dtype is {wanted.name}; parameters can be float32 or bfloat16.")
+    path = _located(source)
+    if path.is_file():
         params, config, metadata = load_gguf(path, dtype)
         tokenizer = Tokenizer.from_gguf(metadata, config.eos_token_ids)
     else:
-        directory = path if path.is_dir() else _downloaded(str(source))
-        params, config = load_hf(directory, dtype)
-        tokenizer = Tokenizer.from_hf(directory, config.eos_token_ids)
+        params, config = load_hf(path, dtype)
+        tokenizer = Tokenizer.from_hf(path, config.eos_token_ids)
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
             f"the tokenizer of {source} has {tokenizer.vocab_size} tokens, the model embeds {config.vocab_size}; "
@@ -101,7 +105,8 @@ def load_draft(
     Raises:
       CheckpointError: additionally to `load_model`'s, a token map that is damaged or of another length.
     """
-    model, file = load_model(source, dtype=dtype), local_path(source) / _TOKEN_MAP
+    path = _located(source)
+    model, file = load_model(path, dtype=dtype), path / _TOKEN_MAP
     if not file.is_file():
         return model, None
     try:
@@ -131,6 +136,12 @@ def local_path(source: str | os.PathLike[str]) -> Path:
         return _packaged(str(source))
     shipped = _SHIPPED / str(source)
     return Path(str(shipped)) if str(source) in packaged() else Path(source).expanduser()
+
+
+def _located(source: str | os.PathLike[str]) -> Path:
+    # A directory or a .gguf file on this machine; a repository is downloaded.
+    path = local_path(source)
+    return path if path.is_dir() or (path.suffix == ".gguf" and path.is_file()) else _downloaded(str(source))
 
 
 def _packaged(name: str) -> Path:

@@ -37,7 +37,12 @@ def files(directory: Path) -> list[Path]:
         return [single]
     if not index.exists():
         raise CheckpointError(f"{directory} has neither {SINGLE} nor {INDEX}; pickled weights are not loaded.")
-    shards = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+    try:
+        shards = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is no index of shards ({error!r}); is the download complete?") from error
+    if not shards or not all(isinstance(shard, str) for shard in shards):
+        raise CheckpointError(f"{index} names no shards; is the download complete?")
     missing = [shard for shard in shards if not (directory / shard).exists()]
     if missing:
         raise CheckpointError(f"{INDEX} names {missing}, which {directory} lacks; complete the download.")

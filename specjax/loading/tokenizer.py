@@ -91,7 +91,7 @@ class Tokenizer:
         """Reads `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`; None where the first is missing.
 
         Raises:
-          CheckpointError: a `tokenizer.json` that tokenizers cannot read.
+          CheckpointError: a `tokenizer.json` that tokenizers cannot read, or a damaged `tokenizer_config.json`.
         """
         file = directory / "tokenizer.json"
         if not file.exists():
@@ -103,7 +103,11 @@ class Tokenizer:
         backend.no_truncation()  # limits that were in force when the file was written
         backend.no_padding()
         settings = directory / "tokenizer_config.json"
-        config = json.loads(settings.read_text("utf-8")) if settings.exists() else {}
+        try:
+            config = json.loads(settings.read_text("utf-8")) if settings.exists() else {}
+            config.items()
+        except (ValueError, AttributeError) as error:
+            raise CheckpointError(f"{settings} is not a JSON object ({error}); is the download complete?") from error
         template = config.get("chat_template")
         if isinstance(template, list):  # several by name
             template = next((t["template"] for t in template if t["name"] == "default"), None)

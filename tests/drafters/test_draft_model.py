@@ -1,36 +1,44 @@
 """The draft model as a drafter: its cache, its vocabulary, its drafts."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 from conftest import tiny_model
 
 import specjax as sj
 from specjax import decode
 from specjax.drafters.base import Context
+from specjax.loading.tokenizer import Tokenizer
 from specjax.model import forward, unembed
 
 PROMPT = np.array([7, 3, 50, 11, 4])
+CHAIN = sj.Tree.chain(1)
 TREE = sj.Tree.from_paths([(0,), (1,), (0, 0), (0, 2), (1, 0), (0, 0, 0)])
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_both_caches_hold_exactly_the_committed_tokens(temperature):
+@pytest.mark.parametrize("case", ["greedy", "sampled", "hybrid"])
+def test_both_caches_hold_exactly_the_committed_tokens(case):
     model, draft = tiny_model(0, 0.3), tiny_model(9, 0.3, num_layers=1, family="qwen2", qkv_bias=True)
     read_anew = jax.jit(forward, static_argnums=1)
-    drafter = sj.DraftModelDrafter(draft, TREE, temperature)
-    acceptance = sj.Sample() if temperature else sj.Greedy()
+    drafter = sj.DraftModelDrafter(draft, TREE, 1.0 if case == "sampled" else 0.0)
+    acceptance = sj.Sample() if case == "sampled" else sj.Greedy()
+    if case == "hybrid":  # whose other part is deeper, and right: the draft model must read more than its own depth
+        model = tiny_model(3, 0.0)  # says one token for ever
+        drafter = sj.HybridDrafter((sj.NgramDrafter(sj.Tree.chain(4)), dataclasses.replace(drafter, tree=CHAIN)))
     step = jax.jit(decode.round_, static_argnames=("config", "acceptance", "eos"))
     state = decode.prefill(
         model, PROMPT, drafter=drafter, acceptance=acceptance, max_new_tokens=30, key=jax.random.key(2)
     )
     while True:
+        drafted = state.draft[1] if case == "hybrid" else state.draft
         for cache, owner, length in (
             (state.cache, model, int(state.length) - 1),
-            (state.draft.cache, draft, int(state.length)),
+            (drafted.cache, draft, int(state.length)),
         ):
             assert int(cache.length) == length
             fresh = read_anew(owner.params, owner.config, state.tokens)  # causal: what lies behind does not matter
@@ -38,11 +46,13 @@ def test_both_caches_hold_exactly_the_committed_tokens(temperature):
                 np.testing.assert_allclose(mine[:, :, :length], theirs[:, :, :length], atol=1e-5)
             for mine, theirs in zip(cache.v, fresh.rows.v, strict=True):
                 np.testing.assert_allclose(mine[:, :length], theirs[:, :length], atol=1e-5)
-        np.testing.assert_allclose(state.draft.features, fresh.features[length - 1], atol=1e-5)
+        np.testing.assert_allclose(drafted.features, fresh.features[length - 1], atol=1e-5)
         if state.finished:
             break
         state = step(model.params, model.config, drafter, acceptance, (), state)
     assert int(state.length) == len(PROMPT) + 30
+    if case == "hybrid":
+        assert int(state.accepted.max()) == 4
 
 
 def path_to(tree, node):
@@ -52,8 +62,21 @@ def path_to(tree, node):
 def propose(drafter, target, key=0):
     tokens = jnp.zeros(64, jnp.int32).at[: len(PROMPT)].set(PROMPT)
     context = Context(tokens, jnp.int32(len(PROMPT)), jnp.zeros(target.config.hidden_size))
+    drafter = drafter.prepare(target.params)
     state = jax.jit(drafter.init)(target.params, context)
     return jax.jit(drafter.propose)(target.params, state, context, jax.random.key(key))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _every_logit(params, config, tokens):
+    return unembed(params, forward(params, config, tokens).features)
+
+
+def logits_after(model, before):
+    """The model's logits after these tokens; one compilation for all lengths."""
+    tokens = np.zeros(16, np.int32)
+    tokens[: len(before)] = before
+    return np.asarray(_every_logit(model.params, model.config, tokens)[len(before) - 1])
 
 
 def test_greedy_drafts_are_the_best_tokens_after_each_path(model):
@@ -61,8 +84,7 @@ def test_greedy_drafts_are_the_best_tokens_after_each_path(model):
     tokens = np.asarray(propose(sj.DraftModelDrafter(draft, TREE), model).tokens)
     for node in range(1, TREE.size):
         before = [*PROMPT[:-1], *tokens[path_to(TREE, TREE.parents[node])]]
-        logits = unembed(draft.params, forward(draft.params, draft.config, jnp.asarray(before)).features[-1:])[0]
-        assert tokens[node] == np.argsort(-np.asarray(logits), kind="stable")[TREE.ranks[node]]
+        assert tokens[node] == np.argsort(-logits_after(draft, before), kind="stable")[TREE.ranks[node]]
 
 
 def test_sampled_drafts_carry_the_laws_they_were_drawn_from(model):
@@ -72,8 +94,7 @@ def test_sampled_drafts_carry_the_laws_they_were_drawn_from(model):
     tokens, q = np.asarray(out.tokens), np.exp(np.asarray(out.log_q))
     for parent, below in enumerate(TREE.children):
         before = [*PROMPT[:-1], *tokens[path_to(TREE, parent)]]
-        logits = unembed(draft.params, forward(draft.params, draft.config, jnp.asarray(before)).features[-1:])[0]
-        logits = np.asarray(logits, np.float64) / 0.8
+        logits = np.asarray(logits_after(draft, before), np.float64) / 0.8
         logits[np.argsort(-logits)[9:]] = -np.inf
         for node in below:
             law = np.exp(logits - logits.max())
@@ -83,7 +104,7 @@ def test_sampled_drafts_carry_the_laws_they_were_drawn_from(model):
 
 
 def test_first_sibling_is_drawn_from_the_draft(model):
-    drafter = sj.DraftModelDrafter(tiny_model(9), sj.Tree.chain(1), 1.0)
+    drafter = sj.DraftModelDrafter(tiny_model(9), CHAIN, 1.0).prepare(model.params)
     tokens = jnp.zeros(64, jnp.int32).at[: len(PROMPT)].set(PROMPT)
     context = Context(tokens, jnp.int32(len(PROMPT)), jnp.zeros(model.config.hidden_size))
     state = jax.jit(drafter.init)(model.params, context)
@@ -119,19 +140,25 @@ def test_a_reduced_vocabulary_drafts_target_ids(model):
     tokens = np.asarray(propose(drafter, model).tokens)
     assert set(tokens.tolist()) <= set(ids)
     for node in (1, 2):
-        features = forward(draft.params, draft.config, jnp.asarray(PROMPT)).features[-1:]
-        logits = np.asarray(unembed(draft.params, features)[0])[ids]
+        logits = logits_after(draft, PROMPT)[ids]
         assert tokens[node] == ids[np.argsort(-logits, kind="stable")[TREE.ranks[node]]]
     base = sj.generate(model, PROMPT, max_new_tokens=30)
     out = sj.generate(model, PROMPT, drafter=drafter, max_new_tokens=30)
     np.testing.assert_array_equal(out.tokens, base.tokens)
 
 
-def test_vocabularies_that_differ_in_padding_work(smollm2):
-    def padded(vocab):
-        return dataclasses.replace(tiny_model(3, vocab=vocab), tokenizer=smollm2.tokenizer)
+def word_level(names):
+    """A tokenizer of one word per token."""
+    vocab = {name: number for number, name in enumerate(names)}
+    return Tokenizer(tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token=names[0])))
 
-    larger, smaller = padded(49152 + 128), padded(49152)
+
+WORDS = [f"word{n}" for n in range(56)]
+
+
+def test_vocabularies_that_differ_in_padding_work():
+    tokenizer = word_level(WORDS)
+    larger, smaller = (dataclasses.replace(tiny_model(3, vocab=n), tokenizer=tokenizer) for n in (64, 56))
     for target, draft in ((larger, smaller), (smaller, larger)):
         for temperature in (0.0, 1.0):
             acceptance = sj.Sample() if temperature else sj.Greedy()
@@ -143,24 +170,31 @@ def test_vocabularies_that_differ_in_padding_work(smollm2):
                 np.testing.assert_array_equal(out.tokens, sj.generate(target, PROMPT, **request).tokens)
 
 
-def test_different_vocabularies_are_refused(smollm2, model):
+def test_different_vocabularies_are_refused(model):
     with pytest.raises(sj.ConfigError, match="62 and 61"):
         sj.generate(model, PROMPT, drafter=sj.DraftModelDrafter(tiny_model(vocab=62), TREE))
-
-    class Renamed:
-        """SmolLM2's tokenizer with two tokens swapped."""
-
-        class backend:
-            @staticmethod
-            def get_vocab():
-                vocab = smollm2.tokenizer.backend.get_vocab()
-                one, two = sorted(vocab, key=vocab.get)[100:102]
-                return vocab | {one: vocab[two], two: vocab[one]}
-
-    draft = dataclasses.replace(tiny_model(vocab=49152), tokenizer=Renamed())
-    target = dataclasses.replace(tiny_model(vocab=49152), tokenizer=smollm2.tokenizer)
-    with pytest.raises(sj.ConfigError, match="id 100"):
+    swapped = [*WORDS[:10], WORDS[11], WORDS[10], *WORDS[12:]]
+    draft = dataclasses.replace(tiny_model(vocab=56), tokenizer=word_level(swapped))
+    target = dataclasses.replace(tiny_model(vocab=56), tokenizer=word_level(WORDS))
+    with pytest.raises(sj.ConfigError, match="id 10"):
         sj.generate(target, PROMPT, drafter=sj.DraftModelDrafter(draft, TREE))
+
+
+def test_a_request_beyond_the_drafts_context_is_refused(model):
+    drafter = sj.HybridDrafter((sj.NgramDrafter(CHAIN), sj.DraftModelDrafter(tiny_model(9, max_positions=32), CHAIN)))
+    with pytest.raises(sj.PromptError, match="draft model's context of 32"):
+        sj.generate(model, PROMPT, drafter=drafter, max_new_tokens=28)
+
+
+def test_an_equal_draft_loaded_anew_compiles_nothing(model):
+    def request():
+        tokenizer = word_level(WORDS)  # hashed by identity
+        draft = dataclasses.replace(tiny_model(9, vocab=56), tokenizer=tokenizer)
+        target = dataclasses.replace(tiny_model(vocab=56), tokenizer=tokenizer)
+        sj.generate(target, PROMPT, drafter=sj.DraftModelDrafter(draft, CHAIN), max_new_tokens=4)
+        return decode._start._cache_size(), decode._loop._cache_size()
+
+    assert request() == request()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Hybrids, and what all drafters have in common: greedy identity, streaming, seeds, batches."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -11,11 +12,27 @@ import specjax as sj
 
 PROMPT = np.array([7, 3, 50, 11, 4, 7, 3, 50])
 TREES = [sj.Tree.chain(3), sj.Tree.cartesian((3, 2)), sj.Tree.preset("mc_sim_7b_63")]
+# Shapes and rules that tests have in common, so that they share compiled programs.
+EOS = (17,)
+RULES = [sj.Greedy(), sj.Sample(0.8, top_p=0.95), sj.Typical()]
 
 
-def drafters(model, tree):
+@pytest.fixture(scope="module")
+def model():
+    """One layer, which compiles faster; tests/test_decode.py has two."""
+    return target()
+
+
+@functools.cache
+def target():
+    return tiny_model(num_layers=1)
+
+
+@functools.cache
+def drafters(tree):
+    model = target()
     ngram, medusa = sj.NgramDrafter(tree), sj.MedusaDrafter(noisy_heads(model, 5), tree)
-    draft = sj.DraftModelDrafter(tiny_model(9), sj.Tree.cartesian((2, 1)))
+    draft = sj.DraftModelDrafter(tiny_model(9, num_layers=1), sj.Tree.cartesian((2, 1)))
     drawn = dataclasses.replace(draft, temperature=1.0)
     return {
         "ngram": ngram,
@@ -29,28 +46,27 @@ def drafters(model, tree):
     }
 
 
-NAMES = list(drafters(tiny_model(), TREES[0]))
+NAMES = list(drafters(TREES[0]))
 
 
 @pytest.mark.parametrize("tree", TREES, ids=lambda t: t.name)
 @pytest.mark.parametrize("name", NAMES)
 def test_greedy_output_is_autoregressive(model, tree, name):
-    drafter = drafters(model, tree)[name]
-    base = sj.generate(model, PROMPT, max_new_tokens=60, capacity=256)
-    out = sj.generate(model, PROMPT, drafter=drafter, max_new_tokens=60, capacity=256, key=jax.random.key(5))
+    drafter, request = drafters(tree)[name], {"max_new_tokens": 60, "capacity": 128, "eos_token_ids": ()}
+    base = sj.generate(model, PROMPT, **request)
+    out = sj.generate(model, PROMPT, drafter=drafter, key=jax.random.key(5), **request)
     np.testing.assert_array_equal(out.tokens, base.tokens)
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(
-    "acceptance", [sj.Greedy(), sj.Sample(0.8, top_p=0.95), sj.Typical()], ids=lambda a: type(a).__name__
-)
+@pytest.mark.parametrize("acceptance", RULES, ids=lambda a: type(a).__name__)
 def test_streams_and_seeds_agree(model, name, acceptance):
-    drafter = drafters(model, sj.Tree.cartesian((2, 2)))[name]
-    request = {"drafter": drafter, "acceptance": acceptance, "max_new_tokens": 25}
+    drafter = drafters(sj.Tree.cartesian((2, 2)))[name]
+    request = {"drafter": drafter, "acceptance": acceptance, "max_new_tokens": 25, "eos_token_ids": EOS}
     first = sj.generate(model, PROMPT, key=jax.random.key(4), **request)
     again = sj.generate(model, PROMPT, key=jax.random.key(4), **request)
     np.testing.assert_array_equal(first.tokens, again.tokens)
+    assert len(first.tokens) > 9
     streamed = [t for item in sj.stream(model, PROMPT, key=jax.random.key(4), **request) for t in item.tokens]
     assert streamed == first.tokens.tolist()
     if isinstance(acceptance, sj.Sample):
@@ -60,7 +76,7 @@ def test_streams_and_seeds_agree(model, name, acceptance):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_eos_ends_the_output(model, name):
-    drafter = drafters(model, sj.Tree.chain(3))[name]
+    drafter = drafters(sj.Tree.cartesian((2, 2)))[name]
     told = sj.generate(model, PROMPT, max_new_tokens=30, eos_token_ids=()).tokens.tolist()
     stop = told[17]
     out = sj.generate(model, PROMPT, drafter=drafter, max_new_tokens=30, eos_token_ids=(stop,), key=jax.random.key(0))
@@ -69,12 +85,12 @@ def test_eos_ends_the_output(model, name):
 
 @pytest.mark.parametrize("name", ["none", *NAMES])
 def test_a_batch_gives_each_prompt_what_it_gets_alone(model, name):
-    drafter = None if name == "none" else drafters(model, sj.Tree.cartesian((2, 2)))[name]
+    drafter = None if name == "none" else drafters(sj.Tree.cartesian((2, 2)))[name]
     rng = np.random.default_rng(1)
     prompts = [rng.integers(0, 61, n) for n in (1, 70, 5, 64, 23)]
     keys = jax.random.split(jax.random.key(8), len(prompts))
     stop = tuple(sj.generate(model, prompts[2], max_new_tokens=9).tokens[-1:].tolist())  # one ends early
-    for acceptance in (sj.Greedy(), sj.Sample(0.9)):
+    for acceptance in RULES[:2]:
         request = {"drafter": drafter, "acceptance": acceptance, "max_new_tokens": 30, "capacity": 128}
         together = sj.generate_batch(model, prompts, keys=keys, eos_token_ids=stop, **request)
         for prompt, key, out in zip(prompts, keys, together, strict=True):

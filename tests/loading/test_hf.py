@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +13,14 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.numpy import load_file, save_file
 
 from specjax.config import ModelConfig, RopeScaling
 from specjax.errors import CheckpointError, ConfigError
 from specjax.loading import load_model
 from specjax.loading.hf import load_hf, save_hf
+from specjax.loading.load import load_draft, save_draft
 from specjax.params import abstract, init
 
 CONFIG = ModelConfig("qwen2", 40, 16, 24, 2, 4, 2, 4, qkv_bias=True, max_positions=64)
@@ -182,9 +185,40 @@ def test_sources_that_do_not_exist(tmp_path):
     assert "CheckpointError: 'no-such-owner/no-such-model' is not a local directory and cannot be" in run.stderr
 
 
-def test_other_dtypes_are_refused(directory):
-    with pytest.raises(ConfigError, match="float16"):
-        load_model(directory, dtype=jnp.float16)
+@pytest.mark.parametrize("dtype", [jnp.float16, "fp16"])
+def test_other_dtypes_are_refused(directory, dtype):
+    with pytest.raises(ConfigError, match=r"float16|fp16"):
+        load_model(directory, dtype=dtype)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 3}}'])
+def test_damaged_indices_are_refused(directory, content):
+    (directory / "model.safetensors").unlink()
+    (directory / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"index\.json.*download complete"):
+        load_hf(directory, jnp.float32)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "3"])
+def test_configs_that_are_no_objects_are_refused(directory, content):
+    (directory / "config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"config\.json.*download complete"):
+        load_hf(directory, jnp.float32)
+
+
+def test_a_repositorys_token_map_comes_along(params, tmp_path, monkeypatch):
+    save_draft(tmp_path / "hub", params, CONFIG, np.arange(40)[::-1])
+
+    def download(repo, allow_patterns):  # what the hub would send: the files that match
+        names = [file.name for file in (tmp_path / "hub").iterdir()]
+        (tmp_path / "cache").mkdir()
+        for name in filter_repo_objects(names, allow_patterns=allow_patterns):
+            shutil.copy(tmp_path / "hub" / name, tmp_path / "cache" / name)
+        return str(tmp_path / "cache")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    _, token_map = load_draft("someone/draft")
+    np.testing.assert_array_equal(token_map, np.arange(40)[::-1])
 
 
 def test_a_directory_without_a_tokenizer_has_none(directory):

@@ -187,3 +187,12 @@ def test_smollm2_keeps_spaces_before_digits_together():
     prompt = tokenizer.render_chat([{"role": "user", "content": "Hi"}])
     assert prompt.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
     assert tokenizer.eos_token_ids == (tokenizer.backend.token_to_id("<|im_end|>"),)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]"])
+def test_damaged_settings_are_refused(tmp_path, content):
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json.*download complete"):
+        Tokenizer.from_hf(tmp_path, ())

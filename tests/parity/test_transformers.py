@@ -15,6 +15,7 @@ import transformers
 
 from specjax import cache as kv
 from specjax.config import ModelConfig, RopeScaling
+from specjax.decode import generate
 from specjax.loading import load_model
 from specjax.loading.hf import save_hf
 from specjax.loading.load import _packaged
@@ -194,32 +195,16 @@ PROMPTS = (
 )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "n"))
-def _greedy(params, config, prompt, length, n):
-    """n greedy tokens after prompt[:length]; what lies behind `length` is padding."""
-    out = forward(params, config, prompt)
-    cache = kv.write(kv.zeros(config, len(prompt) + n), out.rows, length)
-    token = jnp.argmax(unembed(params, out.features[length - 1][None])[0])
-
-    def step(carry, _):
-        cache, token = carry
-        out = forward(params, config, token[None], cache=cache)
-        following = jnp.argmax(unembed(params, out.features)[0])
-        return (kv.write(cache, out.rows, 1, after=following), following), token
-
-    return jax.lax.scan(step, (cache, token), length=n)[1]
-
-
 def test_smollm2_greedy_text(smollm2):
     path = _packaged("smollm2-135m-instruct")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     for prompt in PROMPTS:
         ids = smollm2.tokenizer.apply_chat_template([{"role": "user", "content": prompt}])
-        ours = np.asarray(_greedy(smollm2.params, smollm2.config, np.pad(ids, (0, 80 - len(ids))), len(ids), 64))
+        ours = generate(smollm2, ids, max_new_tokens=64, capacity=192).tokens
         with torch.no_grad():
             expected = theirs.generate(torch.tensor([ids]), max_new_tokens=64, do_sample=False)[0, len(ids) :].numpy()
         assert len(expected) > 8
-        np.testing.assert_array_equal(ours[: len(expected)], expected, err_msg=prompt)  # theirs ends at the EOS
+        np.testing.assert_array_equal(ours, expected, err_msg=prompt)
 
 
 TEXTS = (

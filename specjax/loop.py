@@ -1,0 +1,163 @@
+"""The core: a round of speculative decoding, and the loops of rounds. Pure functions over one frozen state.
+
+Everything here is traced; `specjax.decode` checks requests and jits. Autoregressive decoding is the same loop over a
+tree of one node.
+"""
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from specjax import cache as kv
+from specjax.acceptance import Acceptance
+from specjax.config import ModelConfig
+from specjax.drafters.base import Context, Drafter
+from specjax.model import forward, read, unembed
+from specjax.params import Params
+from specjax.proposal import Proposal
+from specjax.tree import Tree
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class State:
+    """Everything a round reads and writes. Entries of `tokens` and `accepted` past their counts are garbage."""
+
+    tokens: Int[Array, "S"]  # the prompt, then what was committed
+    length: Int[Array, ""]  # committed tokens; the newest is the root, so the cache holds length - 1
+    limit: Int[Array, ""]  # decoding ends at this length
+    finished: Bool[Array, ""]
+    cache: kv.KVCache
+    features: Float[Array, "D"]  # target's final-norm hidden state at the position that predicted the root
+    draft: Any  # the drafter's state
+    key: jax.Array
+    rounds: Int[Array, ""]
+    accepted: Int[Array, "S"]  # drafts committed in each round
+    confirmed: Int[Array, ""]  # drafts among the newest round's committed tokens (a cut round may end on one)
+    prompt_length: Int[Array, ""]
+
+    @property
+    def context(self) -> Context:
+        """What the drafter sees."""
+        return Context(self.tokens, self.length, self.features)
+
+
+def round_(
+    params: Params, config: ModelConfig, drafter: Drafter, acceptance: Acceptance, eos: tuple[int, ...], state: State
+) -> State:
+    """One round: draft, verify in one target forward, accept, commit. Pure and unbatched.
+
+    On a finished state it commits nothing, so that a batch may go on until its last member is finished. The whole tree
+    is always drafted and verified, shapes being static; what exceeds the remaining budget is cut when committing.
+    """
+    drafter, tree = drafter.prepare(params), drafter.tree
+    key, draft_key, accept_key = jax.random.split(state.key, 3)
+    with jax.named_scope("draft"):
+        proposal = drafter.propose(params, state.draft, state.context, draft_key)
+        drafted = jnp.maximum(proposal.tokens, 0)  # a node without a draft holds any token; no rule accepts it
+    with jax.named_scope("verify"):
+        out = forward(
+            params, config, drafted, cache=state.cache, positions=state.cache.length + tree.depths, mask=tree.ancestors
+        )
+        logits = unembed(params, out.features)
+    with jax.named_scope("accept"):
+        verdict = acceptance(logits, proposal, tree, accept_key)
+    with jax.named_scope("commit"):
+        path = jnp.asarray(tree.node_paths)[verdict.node]
+        steps = jnp.arange(path.shape[0])
+        # The accepted drafts, then the target's own token; past that garbage.
+        fresh = jnp.where(steps == verdict.accepted, verdict.next_token, drafted[jnp.roll(path, -1)])
+        budget = jnp.where(state.finished, 0, state.limit - state.length)
+        count, finished = _cut(fresh, verdict.accepted + 1, budget, eos)
+        state = dataclasses.replace(
+            state,
+            tokens=jax.lax.dynamic_update_slice(state.tokens, fresh, (state.length,)),
+            length=state.length + count,
+            finished=finished,
+            cache=kv.write(state.cache, kv.gather(out.rows, path), count, after=verdict.next_token),
+            features=out.features[verdict.node],
+            key=key,
+            rounds=state.rounds + jnp.where(state.finished, 0, 1),
+            accepted=state.accepted.at[state.rounds].set(count - 1),
+            confirmed=jnp.minimum(verdict.accepted, count),
+        )
+        draft = drafter.update(state.draft, state.context, verdict, path.shape[0])
+        return dataclasses.replace(state, draft=draft)
+
+
+def _cut(
+    fresh: Int[Array, "E1"], count: Int[Array, ""], budget: Int[Array, ""], eos: tuple[int, ...]
+) -> tuple[Int[Array, ""], Bool[Array, ""]]:
+    """How many of the `count` fresh tokens to commit (up to the first EOS, within the budget), and whether it ends."""
+    count = jnp.minimum(count, budget)
+    stops = jnp.isin(fresh, jnp.asarray(eos, jnp.int32)) & (jnp.arange(fresh.shape[0]) < count)
+    hit = jnp.any(stops)
+    count = jnp.where(hit, jnp.argmax(stops).astype(jnp.int32) + 1, count)
+    return count, hit | (count == budget)
+
+
+def start(
+    params: Params,
+    config: ModelConfig,
+    drafter: Drafter,
+    acceptance: Acceptance,
+    eos: tuple[int, ...],
+    tokens: Int[Array, "S"],
+    prompt_length: Int[Array, ""],
+    limit: Int[Array, ""],
+    key: jax.Array,
+) -> State:
+    """Prefill: processes the prompt in chunks and commits the first token. Pure and unbatched.
+
+    Args:
+      tokens: the prompt, padded to the capacity S, a multiple of `PREFILL_CHUNK`.
+      prompt_length: the prompt's length, at least 1.
+      limit: the length (prompt included) at which decoding ends, above `prompt_length`.
+    """
+    drafter = drafter.prepare(params)
+    with jax.named_scope("prefill"):
+        features, cache = read(params, config, tokens, prompt_length)
+    key, accept_key = jax.random.split(key)
+    root = acceptance(unembed(params, features[None]), Proposal(tokens[:1]), Tree.chain(0), accept_key).next_token
+    one = jnp.int32(1)
+    _, finished = _cut(root[None], one, limit - prompt_length, eos)
+    state = State(
+        tokens=tokens.at[prompt_length].set(root),
+        length=prompt_length + 1,
+        limit=limit,
+        finished=finished,
+        cache=cache,
+        features=features,
+        draft=None,
+        key=key,
+        rounds=jnp.int32(0),
+        accepted=jnp.zeros_like(tokens),
+        confirmed=jnp.int32(0),
+        prompt_length=prompt_length,
+    )
+    return dataclasses.replace(state, draft=drafter.init(params, state.context))
+
+
+def loop(
+    params: Params, config: ModelConfig, drafter: Drafter, acceptance: Acceptance, eos: tuple[int, ...], state: State
+) -> State:
+    """Rounds until the budget is spent or EOS is committed: one `lax.while_loop`. Pure and unbatched."""
+    step = functools.partial(round_, params, config, drafter.prepare(params), acceptance, eos)
+    return jax.lax.while_loop(lambda state: ~state.finished, step, state)
+
+
+def batch_loop(
+    params: Params, config: ModelConfig, drafter: Drafter, acceptance: Acceptance, eos: tuple[int, ...], states: State
+) -> State:
+    """Rounds for a batch of states, a leading axis B at every leaf, until the last of them is finished.
+
+    Each member gets what `loop` gives it. There is one condition for the whole batch: with one per member, as `vmap` of
+    `loop` has it, every cache would be copied at every step.
+    """
+    step = jax.vmap(functools.partial(round_, params, config, drafter.prepare(params), acceptance, eos))
+    return jax.lax.while_loop(lambda states: ~jnp.all(states.finished), step, states)
