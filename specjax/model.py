@@ -5,7 +5,9 @@ angles and softmax are float32 throughout. Checked layer by layer against transf
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,10 @@ from specjax.params import Layer, Params
 
 PREFILL_CHUNK = 64  # prompt tokens per prefill step: one compiled step serves prompts of every length
 NEG_INF = -1e30  # a finite stand-in: a fully masked row stays free of NaN
+
+Product = Literal["qkv", "out", "gate_up", "down"]
+# What is added to one of a layer's products, given its name and operand [T *in]: [T *out], such as LoRA's low-rank one.
+Adapter = Callable[[Product, Array], Array]
 
 
 @jax.tree_util.register_dataclass
@@ -131,22 +137,28 @@ def layer_forward(
     mask: Bool[Array, "T T"],
     prefix: tuple[Float[Array, "K H S"], Float[Array, "K S H"]] | None = None,
     prefix_mask: Bool[Array, "T S"] | None = None,
+    adapter: Adapter | None = None,
 ) -> tuple[Float[Array, "T D"], Float[Array, "K H T"], Float[Array, "K T H"]]:
     """One decoder layer: pre-norm attention and SwiGLU, each added to the residual stream. Gives (x, k, v)."""
     g = config.group_size
+
+    def product(name: Product, spec: str, x: Float[Array, "T *in"]) -> Float[Array, "T *out"]:
+        out = dot(spec, x, getattr(layer, name))
+        return out if adapter is None else out + adapter(name, x)
+
     with jax.named_scope("attention"):
         h = rms_norm(x, layer.attn_norm, config.rms_norm_eps)
-        qkv = dot("TD,DKQH->TKQH", h, layer.qkv)
+        qkv = product("qkv", "TD,DKQH->TKQH", h)
         if layer.qkv_bias is not None:
             qkv = qkv + layer.qkv_bias.astype(jnp.float32)
         qk = _rotate(qkv[:, :, : g + 1], *tables)
         k = jnp.einsum("TKH->KHT", qk[:, :, g])
         v = jnp.einsum("TKH->KTH", qkv[:, :, g + 1])
-        x = x + dot("TKGH,KGHD->TD", _attention(qk[:, :, :g], (k, v), prefix, mask, prefix_mask), layer.out)
+        x = x + product("out", "TKGH,KGHD->TD", _attention(qk[:, :, :g], (k, v), prefix, mask, prefix_mask))
     with jax.named_scope("mlp"):
         h = rms_norm(x, layer.mlp_norm, config.rms_norm_eps)
-        gate_up = dot("TD,DCF->TCF", h, layer.gate_up)
-        x = x + dot("TF,FD->TD", jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1], layer.down)
+        gate_up = product("gate_up", "TD,DCF->TCF", h)
+        x = x + product("down", "TF,FD->TD", jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1])
     return x, k, v
 
 
@@ -170,6 +182,8 @@ def forward(
     positions: Int[Array, "T"] | None = None,
     mask: Bool[Array, "T T"] | np.ndarray | None = None,
     taps: tuple[int, ...] = (),
+    adapters: tuple[Adapter, ...] | None = None,
+    remat: bool = False,
 ) -> Output:
     """One pass over T tokens that attend to the cached prefix and to each other; the cache is read, never written.
 
@@ -181,6 +195,8 @@ def forward(
       positions: absolute positions, int32; by default they follow the prefix one by one. Siblings in a tree share one.
       mask: mask[i, j] says that new token i sees new token j; by default causal. For a tree: its ancestor mask.
       taps: layers (0-based) after which to return the residual stream, for feature-level drafters.
+      adapters: one per layer, each adding to its layer's products.
+      remat: keeps only the residual stream for the backward pass and computes the layers again there.
     """
     t, start = tokens.shape[0], jnp.int32(0) if cache is None else cache.length
     if positions is None:
@@ -200,7 +216,11 @@ def forward(
     for i, layer in enumerate(params.layers):
         prefix = None if cache is None else (cache.k[i], cache.v[i])
         with jax.named_scope(f"layer_{i}"):
-            x, k, v = layer_forward(layer, config, x, tables, mask, prefix, prefix_mask)
+            adapter = None if adapters is None else adapters[i]
+            apply: Callable[..., Any] = functools.partial(layer_forward, adapter=adapter)
+            if remat:
+                apply = jax.checkpoint(apply, static_argnums=1)
+            x, k, v = apply(layer, config, x, tables, mask, prefix, prefix_mask)
         ks.append(k)
         vs.append(v)
         if i in taps:

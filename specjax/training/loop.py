@@ -15,6 +15,7 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from specjax.errors import CheckpointError, DataError
 from specjax.loading import checkpoint
@@ -40,6 +41,7 @@ def fit(
     checkpoint_every: int,
     evaluate: Callable[[Any], dict[str, Any]] | None = None,
     report: Callable[[dict[str, Any]], None] = lambda record: None,
+    place: Callable[[Any], Any] = lambda batch: batch,
 ) -> Trained:
     """Runs `step` until `steps` are done, resuming from the newest checkpoint in `directory` where there is one.
 
@@ -50,6 +52,8 @@ def fit(
       checkpoint_every: steps between checkpoints; there is one at the end too. Losses are checked and logged then.
       evaluate: gives an `eval` record before the first step and at every checkpoint.
       report: called with every evaluation's record.
+      place: applied to every batch before its step, such as to spread it over a mesh. Several processes may run the
+        loop together on one directory: each calls `step`, `evaluate` and `report`, and process 0 writes the log.
 
     Raises:
       DataError: data that ends early, or a loss that is not finite; the last checkpoint then holds the state before.
@@ -66,7 +70,7 @@ def fit(
                 f"{checkpoints} is at step {first}, past the {steps} that are asked for; ask for more, or name "
                 "another directory."
             )
-        saved = checkpoint.restore(checkpoints, {"state": state, "input": _as_arrays(iterator.get_state())})
+        saved = checkpoint.restore(checkpoints, {"state": state, "input": _as_arrays(iterator.get_state(), state)})
         state = saved["state"]
         iterator.set_state(jax.tree.map(int, saved["input"]))
         lines = (directory / LOG).read_text("utf-8").splitlines()
@@ -81,7 +85,7 @@ def fit(
             batch = next(iterator)
         except StopIteration:
             raise DataError(f"the data ended after {done} of {steps} steps; allow more epochs.") from None
-        state, metrics = step(state, batch)
+        state, metrics = step(state, place(batch))
         done += 1
         pending.append(metrics)
         if done % checkpoint_every and done < steps:
@@ -101,13 +105,17 @@ def fit(
         log += records
         # The log first: after a kill in between, resuming drops what the checkpoint does not cover.
         _write_log(directory, log)
-        checkpoint.save(checkpoints, done, {"state": state, "input": _as_arrays(iterator.get_state())})
+        checkpoint.save(checkpoints, done, {"state": state, "input": _as_arrays(iterator.get_state(), state)})
         pending, began = [], time.perf_counter()
     return Trained(state, log)
 
 
-def _as_arrays(position: Any) -> Any:
-    return jax.tree.map(lambda n: jnp.asarray(n, jnp.int32), position)
+def _as_arrays(position: Any, state: Any) -> Any:
+    # On the state's devices: several processes can only save together what lies on all of them.
+    where = jax.tree.leaves(state)[0].sharding
+    if isinstance(where, NamedSharding):
+        where = NamedSharding(where.mesh, PartitionSpec())
+    return jax.tree.map(lambda n: jax.device_put(np.asarray(n, np.int32), where), position)
 
 
 def _records(metrics: list[dict[str, np.ndarray]], first: int) -> list[dict[str, Any]]:
@@ -115,6 +123,8 @@ def _records(metrics: list[dict[str, np.ndarray]], first: int) -> list[dict[str,
 
 
 def _write_log(directory: Path, log: list[dict[str, Any]]) -> None:
+    if jax.process_index() != 0:
+        return
     partial = directory / (LOG + ".tmp")
     partial.write_text("".join(json.dumps(record) + "\n" for record in log), "utf-8")
     partial.replace(directory / LOG)
