@@ -22,8 +22,9 @@ PREFILL_CHUNK = 64  # prompt tokens per prefill step: one compiled step serves p
 NEG_INF = -1e30  # a finite stand-in: a fully masked row stays free of NaN
 
 Product = Literal["qkv", "out", "gate_up", "down"]
-# What is added to one of a layer's products, given its name and operand [T *in]: [T *out], such as LoRA's low-rank one.
-Adapter = Callable[[Product, Array], Array]
+# Called with T once in every layer; gives what is added to the layer's products, such as LoRA's low-rank ones, as a
+# function of a product's name and operand: [T *in] -> [T *out].
+Adapter = Callable[[int], Callable[[Product, Array], Array]]
 
 
 @jax.tree_util.register_dataclass
@@ -141,10 +142,11 @@ def layer_forward(
 ) -> tuple[Float[Array, "T D"], Float[Array, "K H T"], Float[Array, "K T H"]]:
     """One decoder layer: pre-norm attention and SwiGLU, each added to the residual stream. Gives (x, k, v)."""
     g = config.group_size
+    extra = None if adapter is None else adapter(x.shape[0])
 
     def product(name: Product, spec: str, x: Float[Array, "T *in"]) -> Float[Array, "T *out"]:
         out = dot(spec, x, getattr(layer, name))
-        return out if adapter is None else out + adapter(name, x)
+        return out if extra is None else out + extra(name, x)
 
     with jax.named_scope("attention"):
         h = rms_norm(x, layer.attn_norm, config.rms_norm_eps)

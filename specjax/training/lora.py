@@ -5,7 +5,8 @@ fused. Training adds the low-rank product to the frozen one; `merge` writes it i
 """
 
 import functools
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -130,30 +131,38 @@ def adapters(lora: Lora, key: jax.Array | None) -> tuple[Adapter, ...]:
     """
     keys = [None] * len(lora.layers) if key is None else list(jax.random.split(key, len(lora.layers)))
     return tuple(
-        functools.partial(_extra, layer, lora.config, key) for layer, key in zip(lora.layers, keys, strict=True)
+        functools.partial(_adapter, layer, lora.config, key) for layer, key in zip(lora.layers, keys, strict=True)
     )
 
 
-_PRODUCTS: tuple[Product, ...] = ("qkv", "out", "gate_up", "down")
-
-
-def _extra(layer: LayerLora, config: LoraConfig, key: jax.Array | None, name: Product, x: Array) -> Array:
+def _adapter(layer: LayerLora, config: LoraConfig, key: jax.Array | None, t: int) -> Callable[[Product, Array], Array]:
+    readers: dict[Product, Pair] = {"qkv": layer.q, "out": layer.out, "gate_up": layer.gate, "down": layer.down}
+    kept: dict[Product, Array] = {}
     if key is not None and config.dropout:
-        kept = jax.random.bernoulli(jax.random.fold_in(key, _PRODUCTS.index(name)), 1 - config.dropout, x.shape)
-        x = jnp.where(kept, x / (1 - config.dropout), 0.0)
+        # One draw for the four operands: random bits take long to compile on CPU.
+        shapes = {name: pair.a.shape[:-1] for name, pair in readers.items()}
+        ends = np.cumsum([math.prod(shape) for shape in shapes.values()])
+        drawn = jnp.split(jax.random.bernoulli(key, 1 - config.dropout, (t, int(ends[-1]))), ends[:-1], axis=1)
+        kept = {name: part.reshape(t, *shapes[name]) for name, part in zip(shapes, drawn, strict=True)}
 
-    def low(pair: Pair, into: str, out: str) -> Array:
-        return dot(f"Tr,r{out}->T{out}", dot(f"T{into},{into}r->Tr", x, pair.a), pair.b)
+    def extra(name: Product, x: Array) -> Array:
+        if name in kept:
+            x = jnp.where(kept[name], x / (1 - config.dropout), 0.0)
 
-    if name == "qkv":
-        extra = _fuse_qkv(low(layer.q, "D", "KGH"), low(layer.k, "D", "KH"), low(layer.v, "D", "KH"))
-    elif name == "gate_up":
-        extra = jnp.stack([low(layer.gate, "D", "F"), low(layer.up, "D", "F")], axis=1)
-    elif name == "out":
-        extra = low(layer.out, "KGH", "D")
-    else:
-        extra = low(layer.down, "F", "D")
-    return extra * (config.alpha / config.rank)
+        def low(pair: Pair, into: str, out: str) -> Array:
+            return dot(f"Tr,r{out}->T{out}", dot(f"T{into},{into}r->Tr", x, pair.a), pair.b)
+
+        if name == "qkv":
+            made = _fuse_qkv(low(layer.q, "D", "KGH"), low(layer.k, "D", "KH"), low(layer.v, "D", "KH"))
+        elif name == "gate_up":
+            made = jnp.stack([low(layer.gate, "D", "F"), low(layer.up, "D", "F")], axis=1)
+        elif name == "out":
+            made = low(layer.out, "KGH", "D")
+        else:
+            made = low(layer.down, "F", "D")
+        return made * (config.alpha / config.rank)
+
+    return extra
 
 
 def _fuse_qkv(q: Float[Array, "X K G H"], k: Float[Array, "X K H"], v: Float[Array, "X K H"]) -> Array:

@@ -78,14 +78,14 @@ def test_a_change_lands_in_its_own_matrix(qwen2, name, weight, where):
 
 def test_dropout_keeps_the_mean_and_drops_its_share(qwen2):
     lora, x = disturbed(qwen2), jax.random.normal(jax.random.key(2), (3, 24))
-    (plain, _), keys = adapters(lora, None), jax.random.split(jax.random.key(5), 4000)
-    draws = jax.vmap(lambda key: adapters(lora, key)[0]("down", x))(keys)
+    plain, keys = adapters(lora, None)[0](3), jax.random.split(jax.random.key(5), 4000)
+    draws = jax.vmap(lambda key: adapters(lora, key)[0](len(x))("down", x))(keys)
     expected = plain("down", x)
     spread = np.std(draws, axis=0) / np.sqrt(len(keys))
     assert (np.abs(np.mean(draws, axis=0) - expected) < 5 * spread).all()
     # One input alone reaches the output in three draws of four, a third larger.
     alone = jnp.zeros((1, 24)).at[0, 7].set(1.0)
-    one = jax.vmap(lambda key: adapters(lora, key)[0]("down", alone))(keys)[:, 0]
+    one = jax.vmap(lambda key: adapters(lora, key)[0](1)("down", alone))(keys)[:, 0]
     kept = np.asarray(jnp.abs(one).max(1) > 0)
     assert 0.72 < kept.mean() < 0.78
     np.testing.assert_allclose(one[kept][0], plain("down", alone)[0] / 0.75, rtol=1e-5)

@@ -150,7 +150,7 @@ def test_refusals():
         {"coordinator": "h:1"},
         {"coordinator": "auto", "processes": 2},
     ):
-        with pytest.raises(sj.ConfigError, match="coordinator|process_id"):
+        with pytest.raises(sj.ConfigError, match=r"coordinator|process_id"):
             HostsConfig(**bad)
     with pytest.raises(sj.ConfigError, match="from 0 up to below"):
         HostsConfig("h:1", 2, 2)
