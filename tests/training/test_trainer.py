@@ -163,6 +163,11 @@ def test_the_heads_at_first_say_what_the_lm_head_says(cyclic):
         np.testing.assert_allclose(head, lm, rtol=1e-5, atol=1e-5)
 
 
+def untimed(record):
+    """A log record without its throughputs."""
+    return {name: value for name, value in record.items() if not name.endswith("_per_second")}
+
+
 def test_a_resumed_run_equals_an_uninterrupted_one(cyclic, tmp_path):
     model, text, held = cyclic
     heads = new_heads(model)
@@ -183,7 +188,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(cyclic, tmp_path):
     assert checkpoint.latest(tmp_path / "cut" / "checkpoints") == per_epoch  # killed before the second epoch's
     resumed, relog = train(heads, model.params, data, check, config, tmp_path / "cut")
     for ours, theirs in zip(relog, log, strict=True):
-        assert {**ours, "steps_per_second": 0} == {**theirs, "steps_per_second": 0}
+        assert untimed(ours) == untimed(theirs)
     for name, value in whole.params.items():
         np.testing.assert_array_equal(value, resumed.params[name])
 
@@ -193,7 +198,7 @@ def test_accuracy_counts_tokens_outside_the_reduced_vocabulary_as_misses(cyclic)
     keep = frequent_tokens(held.tokens, 4, 23)
     shape = sj.MedusaConfig(2, 32, 23, projection="shared", reduced_vocab_size=4)
     heads = init_heads(shape, model.params, keep)
-    hits = evaluate(heads, model.params, dataset(held, heads), max_rank=4)
+    hits = evaluate(heads, model.params, dataset(held, heads)).ranks.hits()[:, :4]
     labels = future_labels(held.tokens, held.lengths, 2)
     share = [np.isin(labels[labels[:, i] != IGNORED, i], keep).mean() for i in range(2)]
     np.testing.assert_allclose(
