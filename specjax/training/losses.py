@@ -17,7 +17,9 @@ from specjax.errors import ConfigError
 from specjax.heads import Heads, MedusaHeads
 from specjax.model import dot
 
-LOGIT_BYTES = 16 << 20  # of float32 logits that exist at once, for all heads together: about a cache's worth
+LOGIT_BYTES = 160 << 20  # of float32 logits that exist at once, for all heads together
+_CACHED_BYTES = 16 << 20  # as many stay in a CPU's cache
+_FEWEST = 64  # positions of a chunk: with fewer, reading the projection takes longer than the arithmetic
 IGNORED = -100  # label of a position that counts for nothing
 Weighting = Literal["sum", "decay"]
 
@@ -88,7 +90,7 @@ def chunked_cross_entropy(
     No array of T x C x V exists: a chunk's logits take at most `LOGIT_BYTES`, or one position. The gradient is computed
     with the loss, while a chunk's logits are at hand, so that nothing is computed twice. For V = 151,936, C = 4,
     T = 2,048, D = 896 (a shared projection, bfloat16) temporaries and outputs of the loss with its gradient take
-    about 0 MB on CPU by `memory_analysis`. There is no gradient for a shared projection: it is the frozen target's.
+    365 MB on CPU by `memory_analysis`. There is no gradient for a shared projection: it is the frozen target's.
 
     Args:
       projection: of `draft_projection`.
@@ -165,7 +167,8 @@ def _sweep(
 ) -> tuple[Sums, Float[Array, "C T D"], Matrices]:
     # Summed losses; with `gradient` also their derivatives by what is projected and, if `trained`, by the projections.
     heads, total, _ = hidden.shape
-    chunks = -(-total // max(1, LOGIT_BYTES // (4 * heads * matrices[0].shape[0])))
+    each = 4 * heads * matrices[0].shape[0]
+    chunks = -(-total // max(1, min(LOGIT_BYTES // each, max(_FEWEST, _CACHED_BYTES // each))))
     size = -(-total // chunks)
 
     def split(x: Float[Array, "C T a"]) -> Float[Array, "n C t a"]:

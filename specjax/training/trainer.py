@@ -146,7 +146,7 @@ def teach(
       matrix: the LM head's rows that the heads can say.
     """
     k = min(k, matrix.shape[0])
-    size = max(1, LOGIT_BYTES // (4 * matrix.shape[0]))
+    size = max(1, min(len(data.features), LOGIT_BYTES // (4 * matrix.shape[0])))
     tokens, law = np.zeros((len(data.features), k), np.int32), np.zeros((len(data.features), k), np.float32)
     for at in range(0, len(tokens), size):
         part = np.zeros((size, data.features.shape[1]), data.features.dtype)  # one shape: one compilation
@@ -184,7 +184,7 @@ def evaluate(heads: Heads, target: Params, data: Dataset) -> Quality:
     """Ranks and losses of `heads` on `data`; labels outside the heads' vocabulary count as misses."""
     projection = draft_projection(heads, target.unembedding)
     count, num = len(data.features), heads.config.num_heads
-    size = max(1, min(count, 8 * LOGIT_BYTES // (4 * num * heads.config.output_size)))
+    size = max(1, min(count, LOGIT_BYTES // (4 * num * heads.config.output_size)))
     ranks, losses = np.full((count, num), UNLABELLED, np.int64), np.zeros(num)
     for at in range(0, count, size):
         features = np.zeros((size, data.features.shape[1]), data.features.dtype)  # one shape: one compilation
