@@ -141,7 +141,7 @@ def fit_joint(
         checkpoint_every=settings.checkpoint_every,
         evaluate=evaluate,
         report=report,
-        place=functools.partial(mesh.put_batch, on=on),
+        placement=loop.Placement(lambda state: state, functools.partial(mesh.put_batch, on=on)),
     )
     whole = mesh.gather(trained.state["trained"], on)
     whole = jax.tree.map(jnp.asarray, whole)
