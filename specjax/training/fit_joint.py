@@ -65,6 +65,11 @@ class FitJoint:
         size = self.reduced_vocab_size
         token_map = None if size is None else frequent_tokens(answers, size, vocab)
         shape = MedusaConfig(self.num_heads, model.config.hidden_size, vocab, self.num_layers, "shared", size)
+
+        def report(record: dict[str, Any]) -> None:
+            if first:
+                console.print(f"step {record['step']}", json.dumps(record["eval"]["accuracy"]))
+
         fitted = fit_joint(
             model.config,
             model.params,
@@ -74,7 +79,7 @@ class FitJoint:
             self.training,
             output_dir,
             on=mesh,
-            report=lambda record: console.print(f"step {record['step']}", json.dumps(record["eval"]["accuracy"])),
+            report=report,
         )
         record = fitted.log[-1]["eval"]
         if first:

@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from jaxtyping import Array
 
 from specjax import params as parameters
 from specjax.config import ModelConfig
-from specjax.errors import DataError
+from specjax.errors import ConfigError, DataError
 from specjax.heads import Heads, draft_projection
 from specjax.params import Params, ParamSpec, named_sharding
 from specjax.training import loop, mesh
@@ -90,10 +91,12 @@ def fit_joint(
       on: the mesh.
 
     Raises:
-      ConfigError: rows or a dimension that the mesh does not divide.
-      DataError: too little data, or a loss that is not finite (the last checkpoint stays as it was).
+      ConfigError: heads of another shape than the target, or rows or a dimension that the mesh does not divide.
+      DataError: too little data, data of another vocabulary, or a loss that is not finite (the last checkpoint stays as
+        it was).
     """
     mesh.check_rows(settings.batch_size, on)
+    _check(config, heads, [*data, *held_out])
     tokens = sum(min(len(item), settings.length) for item in data)
     steps = settings.epochs * tokens // (settings.batch_size * settings.length)
     if steps < 2:
@@ -146,6 +149,23 @@ def fit_joint(
     whole = mesh.gather(trained.state["trained"], on)
     whole = jax.tree.map(jnp.asarray, whole)
     return Fitted(replace(heads, params=whole["heads"]), whole.get("lora"), trained.log)
+
+
+def _check(config: ModelConfig, heads: Heads, data: list[Conversation]) -> None:
+    if (heads.config.hidden_size, heads.config.vocab_size) != (config.hidden_size, config.vocab_size):
+        raise ConfigError(
+            f"the heads are for hidden size {heads.config.hidden_size} and vocabulary {heads.config.vocab_size}, the "
+            f"target has {config.hidden_size} and {config.vocab_size}; make them for this target."
+        )
+    for i, item in enumerate(data):
+        tokens = np.concatenate([item.prompt, item.answer])
+        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < config.vocab_size:
+            raise DataError(
+                f"conversation {i} has token ids from {tokens.min()} to {tokens.max()}, the target's vocabulary is "
+                f"{config.vocab_size}; the data was made by another model."
+            )
+    if all(len(item.answer) < 2 for item in data):
+        raise DataError(f"none of the {len(data)} conversations has an answer of two tokens; add longer ones.")
 
 
 def _batches(data: list[Conversation], settings: JointConfig, epochs: int | None) -> Any:

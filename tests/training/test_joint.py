@@ -222,5 +222,14 @@ def test_refusals(model, tmp_path):
             JointConfig(**bad)
     heads = noisy_heads(model, 2)
     on = MeshConfig(1, 1).build()
+
+    def fit(heads, data):
+        fit_joint(model.config, model.params, heads, data, language(9, 1), MEDUSA1, tmp_path, on=on)
+
     with pytest.raises(sj.DataError, match="do not fill two batches of 4 x 24"):
-        fit_joint(model.config, model.params, heads, language(2, 0), language(9, 1), MEDUSA1, tmp_path, on=on)
+        fit(heads, language(2, 0))
+    with pytest.raises(sj.DataError, match="conversation 0 has token ids from 3 to 61, the target's vocabulary is 61"):
+        fit(heads, [Conversation(np.array([3]), np.array([5, 61]))])
+    other = init_heads(sj.MedusaConfig(2, 16, 40), tiny_model(vocab=40).params)
+    with pytest.raises(sj.ConfigError, match="vocabulary 40, the target has 16 and 61"):
+        fit(other, language(60, 0))
