@@ -5,7 +5,9 @@ angles and softmax are float32 throughout. Checked layer by layer against transf
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,11 @@ PREFILL_CHUNK = 64  # prompt tokens per prefill step: one compiled step serves p
 FEW_ROWS = 64  # up to here XLA:CPU's float32 products are faster with the weights on the left
 NEG_INF = -1e30  # a finite stand-in: a fully masked row stays free of NaN
 
+Product = Literal["qkv", "out", "gate_up", "down"]
+# Called with T once in every layer; gives what is added to the layer's products, such as LoRA's low-rank ones, as a
+# function of a product's name and operand: [T *in] -> [T *out].
+Adapter = Callable[[int], Callable[[Product, Array], Array]]
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -32,24 +39,25 @@ class Output:
 
 
 def dot(spec: str, x: Float[Array, "T *in"], w: Array) -> Float[Array, "T *out"]:
-    """`einsum(spec, x, w)` with operands in the weights' dtype and a float32 result; `w` has its input axes last."""
+    """`einsum(spec, x, w)` with operands in the weights' dtype and a float32 result; fastest if w is [*out *in]."""
     x = x.astype(w.dtype)
     if x.shape[0] == 1 and w.dtype == jnp.bfloat16:
         return _row_dot(spec, x, w)
-    if x.shape[0] <= FEW_ROWS and w.dtype == jnp.float32:
-        return _few_rows_dot(spec, x, w)
+    operands, out = spec.split("->")
+    rows, weights = operands.split(",")
+    if x.shape[0] <= FEW_ROWS and w.dtype == jnp.float32 and weights == out[1:] + rows[1:]:
+        return _few_rows_dot(x, w)
     # Without preferred_element_type XLA:CPU runs bf16 products on that slow path too, and rounds twice.
     return jnp.einsum(spec, x, w, preferred_element_type=jnp.float32)
 
 
-def _few_rows_dot(spec: str, x: Float[Array, "T *in"], w: Array) -> Float[Array, "T *out"]:
+def _few_rows_dot(x: Float[Array, "T *in"], w: Array) -> Float[Array, "T *out"]:
     # XLA:CPU multiplies a tall matrix by a few columns about twice as fast as a few rows by its transpose: the weights
     # are the left operand, and flat, because of several input axes XLA may reorder, hence copy, those of the weights.
     # The barrier keeps it from folding the transposition back into the product.
-    out = w.shape[: len(spec.split("->")[1]) - 1]
     rows = x.reshape(x.shape[0], -1)
     columns = jnp.einsum("oi,Ti->oT", w.reshape(-1, rows.shape[1]), rows)
-    return jax.lax.optimization_barrier(columns).T.reshape(-1, *out)
+    return jax.lax.optimization_barrier(columns).T.reshape(x.shape[0], *w.shape[: w.ndim - x.ndim + 1])
 
 
 def _row_dot(spec: str, x: Float[Array, "1 *in"], w: Array) -> Float[Array, "1 *out"]:
@@ -144,22 +152,29 @@ def layer_forward(
     mask: Bool[Array, "T T"],
     prefix: tuple[Float[Array, "K H S"], Float[Array, "K S H"]] | None = None,
     prefix_mask: Bool[Array, "T S"] | None = None,
+    adapter: Adapter | None = None,
 ) -> tuple[Float[Array, "T D"], Float[Array, "K H T"], Float[Array, "K T H"]]:
     """One decoder layer: pre-norm attention and SwiGLU, each added to the residual stream. Gives (x, k, v)."""
     g = config.group_size
+    extra = None if adapter is None else adapter(x.shape[0])
+
+    def product(name: Product, spec: str, x: Float[Array, "T *in"]) -> Float[Array, "T *out"]:
+        out = dot(spec, x, getattr(layer, name))
+        return out if extra is None else out + extra(name, x)
+
     with jax.named_scope("attention"):
         h = rms_norm(x, layer.attn_norm, config.rms_norm_eps)
-        qkv = dot("TD,KQHD->TKQH", h, layer.qkv)
+        qkv = product("qkv", "TD,KQHD->TKQH", h)
         if layer.qkv_bias is not None:
             qkv = qkv + layer.qkv_bias.astype(jnp.float32)
         qk = _rotate(qkv[:, :, : g + 1], *tables)
         k = jnp.einsum("TKH->KHT", qk[:, :, g])
         v = jnp.einsum("TKH->KTH", qkv[:, :, g + 1])
-        x = x + dot("TKGH,DKGH->TD", _attention(qk[:, :, :g], (k, v), prefix, mask, prefix_mask), layer.out)
+        x = x + product("out", "TKGH,DKGH->TD", _attention(qk[:, :, :g], (k, v), prefix, mask, prefix_mask))
     with jax.named_scope("mlp"):
         h = rms_norm(x, layer.mlp_norm, config.rms_norm_eps)
-        gate_up = dot("TD,CFD->TCF", h, layer.gate_up)
-        x = x + dot("TF,DF->TD", jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1], layer.down)
+        gate_up = product("gate_up", "TD,CFD->TCF", h)
+        x = x + product("down", "TF,DF->TD", jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1])
     return x, k, v
 
 
@@ -183,6 +198,8 @@ def forward(
     positions: Int[Array, "T"] | None = None,
     mask: Bool[Array, "T T"] | np.ndarray | None = None,
     taps: tuple[int, ...] = (),
+    adapters: tuple[Adapter, ...] | None = None,
+    remat: bool = False,
 ) -> Output:
     """One pass over T tokens that attend to the cached prefix and to each other; the cache is read, never written.
 
@@ -194,6 +211,8 @@ def forward(
       positions: absolute positions, int32; by default they follow the prefix one by one. Siblings in a tree share one.
       mask: mask[i, j] says that new token i sees new token j; by default causal. For a tree: its ancestor mask.
       taps: layers (0-based) after which to return the residual stream, for feature-level drafters.
+      adapters: one per layer, each adding to its layer's products.
+      remat: keeps only the residual stream for the backward pass and computes the layers again there.
     """
     t, start = tokens.shape[0], jnp.int32(0) if cache is None else cache.length
     if positions is None:
@@ -213,7 +232,11 @@ def forward(
     for i, layer in enumerate(params.layers):
         prefix = None if cache is None else (cache.k[i], cache.v[i])
         with jax.named_scope(f"layer_{i}"):
-            x, k, v = layer_forward(layer, config, x, tables, mask, prefix, prefix_mask)
+            adapter = None if adapters is None else adapters[i]
+            apply: Callable[..., Any] = functools.partial(layer_forward, adapter=adapter)
+            if remat:
+                apply = jax.checkpoint(apply, static_argnums=1)
+            x, k, v = apply(layer, config, x, tables, mask, prefix, prefix_mask)
         ks.append(k)
         vs.append(v)
         if i in taps:

@@ -133,17 +133,19 @@ def shardings(config: ModelConfig, mesh: Mesh, rules: Mapping[str, str] = DEFAUL
       ConfigError: a dimension that its mesh axis does not divide.
     """
 
-    def one(spec: ParamSpec) -> NamedSharding:
-        names = [rules.get(a) if rules.get(a) in mesh.axis_names else None for a in spec.axes]
-        for letter, size, name in zip(spec.axes, spec.shape, names, strict=True):
-            if name is not None and size % mesh.shape[name]:
-                raise ConfigError(
-                    f"axis {letter} of size {size} does not divide over mesh axis {name!r} of size {mesh.shape[name]}; "
-                    "choose another mesh shape or drop the letter from the sharding rules."
-                )
-        return NamedSharding(mesh, PartitionSpec(*names))
+    return jax.tree.map(lambda spec: named_sharding(spec, mesh, rules), abstract(config))
 
-    return jax.tree.map(one, abstract(config))
+
+def named_sharding(spec: ParamSpec, mesh: Mesh, rules: Mapping[str, str] = DEFAULT_SHARDING) -> NamedSharding:
+    """The sharding of one parameter; arguments and errors as in `shardings`."""
+    names = [rules.get(a) if rules.get(a) in mesh.axis_names else None for a in spec.axes]
+    for letter, size, name in zip(spec.axes, spec.shape, names, strict=True):
+        if name is not None and size % mesh.shape[name]:
+            raise ConfigError(
+                f"axis {letter} of size {size} does not divide over mesh axis {name!r} of size {mesh.shape[name]}; "
+                "choose another mesh shape or drop the letter from the sharding rules."
+            )
+    return NamedSharding(mesh, PartitionSpec(*names))
 
 
 def count(params: Any) -> int:

@@ -4,16 +4,39 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from specjax.errors import CheckpointError
 
+_policies = ocp.training.preservation_policies
 
-def save(directory: Path, step: int, state: Any, *, keep: int = 2) -> None:
-    """Writes `state` (a pytree of arrays) as checkpoint `step`, atomically, and keeps the newest `keep`."""
-    policy = ocp.training.preservation_policies.LatestN(keep)
-    with ocp.training.Checkpointer(directory.absolute(), preservation_policy=policy) as checkpointer:
-        checkpointer.save_pytree(step, state, overwrite=True)
+
+def save(directory: Path, step: int, state: Any, *, keep: int = 2, score: float | None = None) -> None:
+    """Writes `state` (a pytree of arrays) as checkpoint `step`, atomically.
+
+    Args:
+      keep: the newest so many stay.
+      score: of this checkpoint; the one with the highest stays as well, whatever its age.
+
+    Raises:
+      CheckpointError: the files cannot be written, e.g. on a full disk; the checkpoints before it stay as they were.
+    """
+    policy = _policies.AnyPreservationPolicy(
+        [
+            _policies.LatestN(keep),
+            _policies.BestN(get_metric_fn=lambda m: m["score"], n=1, keep_checkpoints_without_metrics=False),
+        ]
+    )
+    metrics = None if score is None else {"score": score}
+    try:
+        with ocp.training.Checkpointer(directory.absolute(), preservation_policy=policy) as checkpointer:
+            checkpointer.save_pytree(step, state, overwrite=True, metrics=metrics)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"checkpoint {step} cannot be written to {directory}: {error}; is the disk full? Make room and run again: "
+            "the checkpoints before it are intact."
+        ) from error
 
 
 def latest(directory: Path) -> int | None:
@@ -25,13 +48,22 @@ def latest(directory: Path) -> int | None:
     return None if found is None else int(found.step)
 
 
-def restore(directory: Path, like: Any) -> Any:
-    """Reads the newest checkpoint into the structure, shapes and dtypes of `like`.
+def best(directory: Path) -> int | None:
+    """The step of the complete checkpoint with the highest score, the newer on a tie; None where none has one."""
+    if not directory.exists():
+        return None
+    with ocp.training.Checkpointer(directory.absolute()) as checkpointer:
+        scored = [(c.metrics["score"], int(c.step)) for c in checkpointer.checkpoints if c.metrics]
+    return max(scored)[1] if scored else None
+
+
+def restore(directory: Path, like: Any, step: int | None = None) -> Any:
+    """Reads checkpoint `step` (None: the newest) into the structure, shapes, dtypes and placement of `like`.
 
     Raises:
       CheckpointError: no checkpoint, or one of another shape.
     """
-    step = latest(directory)
+    step = latest(directory) if step is None else step
     if step is None:
         raise CheckpointError(f"{directory} holds no checkpoint; train first, or name another directory.")
     with ocp.training.Checkpointer(directory.absolute()) as checkpointer:
@@ -43,6 +75,8 @@ def restore(directory: Path, like: Any) -> Any:
             ) from error
 
 
-def _described(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+def _described(leaf: jax.Array | np.ndarray) -> jax.ShapeDtypeStruct | np.ndarray:
     # With the sharding of the array itself: Orbax aborts the process on the abstract one that JAX would infer.
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+    return (
+        leaf if isinstance(leaf, np.ndarray) else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+    )

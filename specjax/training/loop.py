@@ -7,9 +7,9 @@ checkpoint, written atomically. What a kill loses are the steps since then, whic
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import grain
 import jax
@@ -21,6 +21,28 @@ from specjax.loading import checkpoint
 
 Step = Callable[[Any, Any], tuple[Any, dict[str, jax.Array]]]
 LOG = "log.jsonl"
+
+
+class Placement(NamedTuple):
+    """Puts a state, and every batch of NumPy arrays, on the devices where the step wants them."""
+
+    state: Callable[[Any], Any]
+    batch: Callable[[Any], Any]
+
+
+ANYWHERE = Placement(lambda state: state, lambda batch: batch)  # the default device, or where the arrays are
+
+
+class Monitor(Protocol):
+    """Follows a run."""
+
+    def step(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """After every step; reading the metrics waits for it."""
+        ...
+
+    def logged(self, records: list[dict[str, Any]]) -> None:
+        """After the log has been written: its new records."""
+        ...
 
 
 class Trained(NamedTuple):
@@ -40,8 +62,15 @@ def fit(
     checkpoint_every: int,
     evaluate: Callable[[Any], dict[str, Any]] | None = None,
     report: Callable[[dict[str, Any]], None] = lambda record: None,
+    score: Callable[[dict[str, Any]], float] | None = None,
+    keep: int = 2,
+    per_step: Mapping[str, float] | None = None,
+    monitor: Monitor | None = None,
+    placement: Placement = ANYWHERE,
 ) -> Trained:
     """Runs `step` until `steps` are done, resuming from the newest checkpoint in `directory` where there is one.
+
+    Several processes (`jax.distributed`) all call this with the same `directory`; the first one writes the log.
 
     Args:
       step: `(state, batch) -> (state, metrics)`, jitted; may donate the state. Metrics are arrays; `loss` is a scalar.
@@ -50,14 +79,18 @@ def fit(
       checkpoint_every: steps between checkpoints; there is one at the end too. Losses are checked and logged then.
       evaluate: gives an `eval` record before the first step and at every checkpoint.
       report: called with every evaluation's record.
+      score: of an `eval` record; the checkpoint with the highest one stays beside the newest `keep`.
+      per_step: amounts by name that a step works off, e.g. tokens; the log has them by the second.
+      monitor: follows the run.
+      placement: where state and batches are to be; a restored state too.
 
     Raises:
       DataError: data that ends early, or a loss that is not finite; the last checkpoint then holds the state before.
-      CheckpointError: a checkpoint of another shape, or beyond `steps`.
+      CheckpointError: a checkpoint of another shape, or beyond `steps`; a full disk, with the last checkpoint intact.
     """
     directory.mkdir(parents=True, exist_ok=True)
     checkpoints, iterator = directory / "checkpoints", iter(batches)
-    state = jax.tree.map(jnp.array, state)  # a step may donate its state: keep the caller's
+    state = placement.state(jax.tree.map(jnp.array, state))  # a step may donate its state: keep the caller's
     first = checkpoint.latest(checkpoints)
     log: list[dict[str, Any]] = []
     if first is not None:
@@ -75,15 +108,19 @@ def fit(
         log = [{"step": 0, "eval": evaluate(state)}]
         report(log[0])
     _write_log(directory, log)
+    if monitor is not None:
+        monitor.logged(log)
     done, pending, began = first or 0, [], time.perf_counter()
     while done < steps:
         try:
             batch = next(iterator)
         except StopIteration:
             raise DataError(f"the data ended after {done} of {steps} steps; allow more epochs.") from None
-        state, metrics = step(state, batch)
+        state, metrics = step(state, placement.batch(batch))
         done += 1
         pending.append(metrics)
+        if monitor is not None:
+            monitor.step(done, metrics)
         if done % checkpoint_every and done < steps:
             continue
         records = _records(jax.device_get(pending), done - len(pending) + 1)
@@ -94,20 +131,43 @@ def fit(
                 f"the loss of step {bad['step']} is {bad['loss']}; lower the learning rate. The last good state is "
                 f"in {checkpoints}."
             )
-        records[-1]["steps_per_second"] = len(pending) / (time.perf_counter() - began)
+        rate = len(pending) / (time.perf_counter() - began)
+        amounts = {f"{name}_per_second": rate * amount for name, amount in (per_step or {}).items()}
+        records[-1] |= {"steps_per_second": rate, **amounts}
+        value = None
         if evaluate is not None:
             records.append({"step": done, "eval": evaluate(state)})
+            value = None if score is None else score(records[-1]["eval"])
             report(records[-1])
         log += records
         # The log first: after a kill in between, resuming drops what the checkpoint does not cover.
         _write_log(directory, log)
-        checkpoint.save(checkpoints, done, {"state": state, "input": _as_arrays(iterator.get_state())})
+        whole = {"state": state, "input": _as_arrays(iterator.get_state())}
+        checkpoint.save(checkpoints, done, whole, keep=keep, score=value)
+        if monitor is not None:
+            monitor.logged(records)
         pending, began = [], time.perf_counter()
     return Trained(state, log)
 
 
+def best_state(directory: Path, like: Any, batches: grain.IterDataset) -> Any:
+    """The state of the checkpoint with the highest score in `directory`, placed as `like`.
+
+    Raises:
+      CheckpointError: no checkpoint has a score, or it is of another shape.
+    """
+    checkpoints = directory / "checkpoints"
+    step = checkpoint.best(checkpoints)
+    if step is None:
+        raise CheckpointError(
+            f"no checkpoint in {checkpoints} has a score; train with an evaluation, or take the last."
+        )
+    whole = {"state": like, "input": _as_arrays(iter(batches).get_state())}
+    return checkpoint.restore(checkpoints, whole, step)["state"]
+
+
 def _as_arrays(position: Any) -> Any:
-    return jax.tree.map(lambda n: jnp.asarray(n, jnp.int32), position)
+    return jax.tree.map(lambda n: np.asarray(n, np.int32), position)  # of the host: each process has the same
 
 
 def _records(metrics: list[dict[str, np.ndarray]], first: int) -> list[dict[str, Any]]:
@@ -115,6 +175,14 @@ def _records(metrics: list[dict[str, np.ndarray]], first: int) -> list[dict[str,
 
 
 def _write_log(directory: Path, log: list[dict[str, Any]]) -> None:
+    if jax.process_index() != 0:
+        return
     partial = directory / (LOG + ".tmp")
-    partial.write_text("".join(json.dumps(record) + "\n" for record in log), "utf-8")
-    partial.replace(directory / LOG)
+    try:
+        partial.write_text("".join(json.dumps(record) + "\n" for record in log), "utf-8")
+        partial.replace(directory / LOG)
+    except OSError as error:
+        raise CheckpointError(
+            f"{directory / LOG} cannot be written: {error}; is the disk full? Make room and run again: the last "
+            "checkpoint is intact."
+        ) from error

@@ -4,58 +4,100 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Float, Int
 
-from specjax.errors import ConfigError, DataError
+from specjax.analysis.ranks import UNLABELLED, RankTable
+from specjax.analysis.simulate import accepted_lengths
+from specjax.errors import ConfigError, DataError, TreeError
 from specjax.heads import Heads, draft_projection, project
+from specjax.model import dot
 from specjax.params import Params
 from specjax.training import loop
 from specjax.training.distill import Answers
-from specjax.training.losses import IGNORED, chunked_cross_entropy, future_labels, label_ranks, reduce_labels
+from specjax.training.losses import (
+    IGNORED,
+    LOGIT_BYTES,
+    Teacher,
+    Weighting,
+    chunked_cross_entropy,
+    future_labels,
+    head_weights,
+    label_ranks,
+    reduce_labels,
+)
+from specjax.training.optimiser import Optimiser, OptimiserConfig, State, build
+from specjax.tree import Tree
 
 TOP = (1, 2, 3, 5, 10)
+_CAP = 32  # ranks below it are exact in an evaluation: the widest tree that can be simulated
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """Optimisation settings. One step is `batch_size` positions; an epoch visits every position once."""
+class TrainConfig(OptimiserConfig):
+    """Training settings. One step is `batch_size` positions; an epoch visits every position once."""
 
     epochs: int = 3
     batch_size: int = 2048
-    learning_rate: float = 2e-3  # peak; linear warm-up, then cosine to zero
-    warmup: float = 0.05  # share of the steps
-    head_decay: float = 1.0  # weight of head k is head_decay ** k (Medusa-1 in the paper: 0.8)
+    weighting: Weighting = "sum"  # of the heads' losses: 1 each, or scale * 0.8 ** i
+    scale: float = 0.2
+    distillation: float = 0.0  # share of the loss that is KL to the target's distribution, the rest is cross-entropy
+    teacher_top_k: int = 16  # tokens of that distribution that are kept
+    z_loss: float = 0.0  # weight of the squared log-partition function
+    compute: Literal["bfloat16", "float32"] = "bfloat16"  # of the products; the parameters are float32
     seed: int = 0
     checkpoint_every: int | None = None  # steps between checkpoints and evaluations; None: once an epoch
+    keep: int = 2  # newest checkpoints; the best one stays as well
+    select: Literal["best", "last"] = "last"  # which checkpoint's heads `train` gives; best: by tokens_per_round
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch_size < 1 or not self.learning_rate > 0 or not 0 <= self.warmup < 1:
+        super().__post_init__()
+        if min(self.epochs, self.batch_size, self.teacher_top_k, self.keep, self.checkpoint_every or 1) < 1:
             raise ConfigError(
-                f"{self}: expected epochs and batch_size of at least 1, learning_rate > 0, 0 <= warmup < 1."
+                f"{self}: expected epochs, batch_size, teacher_top_k, keep and checkpoint_every of at least 1."
             )
+        if not 0 <= self.distillation <= 1 or self.z_loss < 0:
+            raise ConfigError(
+                f"distillation is {self.distillation}, z_loss {self.z_loss}; expected 0 to 1, and at least 0."
+            )
+        if self.compute not in ("bfloat16", "float32"):
+            raise ConfigError(f"compute is {self.compute!r}; expected 'bfloat16' or 'float32'.")
+        if self.select not in ("best", "last"):
+            raise ConfigError(f"select is {self.select!r}; expected 'best' or 'last'.")
+        head_weights(self.weighting, 1, self.scale)
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Features with the labels of every head, in the heads' (possibly reduced) vocabulary."""
+    """Features with the labels of every head, in the heads' (possibly reduced) vocabulary.
+
+    Attributes:
+      features: conversations end to end.
+      labels: `IGNORED` past a conversation's end, and for tokens outside the reduced vocabulary.
+      lengths: positions per conversation; they sum to n.
+    """
 
     features: Float[np.ndarray, "n D"]
     labels: Int[np.ndarray, "n C"]
-    unseen: Int[np.ndarray, "C"]  # labels outside the reduced vocabulary: no head can be right there
+    lengths: Int[np.ndarray, "c"]
+
+    @functools.cached_property
+    def following(self) -> Int[np.ndarray, "n"]:
+        """How many tokens of its conversation come after each position's own."""
+        return np.repeat(np.cumsum(self.lengths), self.lengths) - np.arange(len(self.features)) - 1
 
 
 def dataset(answers: Answers, heads: Heads) -> Dataset:
     """Labels `answers` for `heads`.
 
     Raises:
-      DataError: no labelled position (every conversation is shorter than two tokens), or features of another width.
+      DataError: no labelled position (every conversation is shorter than two tokens), features of another width, or
+        tokens that the target does not have.
     """
     config = heads.config
     if answers.features.shape[1] != config.hidden_size:
@@ -63,15 +105,22 @@ def dataset(answers: Answers, heads: Heads) -> Dataset:
             f"the features have width {answers.features.shape[1]}, the heads read {config.hidden_size}; "
             "the data was made by another model."
         )
+    if len(answers.tokens) and not 0 <= answers.tokens.min() <= answers.tokens.max() < config.vocab_size:
+        raise DataError(
+            f"the text has token ids from {answers.tokens.min()} to {answers.tokens.max()}, the target's vocabulary is "
+            f"{config.vocab_size}; the data was made by another model."
+        )
     full = future_labels(answers.tokens, answers.lengths, config.num_heads)
     if not (full != IGNORED).any():
         raise DataError(
             f"none of the {len(answers.lengths)} conversations has a token after its first; add longer ones."
         )
-    if heads.token_map is None:
-        return Dataset(answers.features, full, np.zeros(config.num_heads, np.int64))
-    labels = reduce_labels(full, np.asarray(heads.token_map), config.vocab_size)
-    return Dataset(answers.features, labels, ((full != IGNORED) & (labels == IGNORED)).sum(0))
+    labels = full
+    if heads.token_map is not None:
+        labels = reduce_labels(full, np.asarray(heads.token_map), config.vocab_size)
+        if not (labels != IGNORED).any():
+            raise DataError("no token of the text is in the heads' reduced vocabulary; choose it from this text.")
+    return Dataset(answers.features, labels, answers.lengths)
 
 
 def frequent_tokens(tokens: Int[np.ndarray, "n"], size: int, vocab: int) -> Int[np.ndarray, "R"]:
@@ -80,30 +129,135 @@ def frequent_tokens(tokens: Int[np.ndarray, "n"], size: int, vocab: int) -> Int[
     return np.sort(np.argsort(-counts, kind="stable")[:size]).astype(np.int32)
 
 
-@jax.jit
-def _ranks(
-    heads: Heads, projection: Float[Array, "R D"] | None, features: Float[Array, "T D"], labels: Int[Array, "T C"]
-) -> Int[Array, "C T"]:
-    return label_ranks(project(heads, projection, features), labels)
+@functools.partial(jax.jit, static_argnames="k")
+def _likeliest(
+    matrix: Float[Array, "R D"], features: Float[Array, "T D"], k: int
+) -> tuple[Int[Array, "T k"], Float[Array, "T k"]]:
+    logits, tokens = jax.lax.top_k(dot("TD,RD->TR", features, matrix), k)
+    return tokens, jax.nn.softmax(logits, axis=-1)
 
 
-def evaluate(heads: Heads, target: Params, data: Dataset, *, max_rank: int = 10, batch_size: int = 2048) -> np.ndarray:
-    """hits[i, r]: the share of positions where head i ranks the true token r-th, r < `max_rank`: [C max_rank].
+def teach(
+    data: Dataset, matrix: Float[Array, "R D"], k: int
+) -> tuple[Int[np.ndarray, "n k"], Float[np.ndarray, "n k"]]:
+    """The k likeliest tokens after each feature with the target's probabilities, renormalised over them.
 
-    Labels outside the heads' vocabulary count as misses.
+    Args:
+      matrix: the LM head's rows that the heads can say.
     """
+    k = min(k, matrix.shape[0])
+    size = max(1, min(len(data.features), LOGIT_BYTES // (4 * matrix.shape[0])))
+    tokens, law = np.zeros((len(data.features), k), np.int32), np.zeros((len(data.features), k), np.float32)
+    for at in range(0, len(tokens), size):
+        part = np.zeros((size, data.features.shape[1]), data.features.dtype)  # one shape: one compilation
+        here = data.features[at : at + size]
+        part[: len(here)] = here
+        ids, p = _likeliest(matrix, part, k)
+        tokens[at : at + size], law[at : at + size] = np.asarray(ids)[: len(here)], np.asarray(p)[: len(here)]
+    return tokens, law
+
+
+@jax.jit
+def _evaluate(
+    heads: Heads, projection: Float[Array, "R D"] | None, features: Float[Array, "T D"], labels: Int[Array, "T C"]
+) -> tuple[Int[Array, "C T"], Float[Array, "C"]]:
+    logits = project(heads, projection, features)
+    valid = labels.T != IGNORED
+    picked = jnp.take_along_axis(logits, jnp.where(valid, labels.T, 0)[..., None], axis=-1)[..., 0]
+    losses = jnp.where(valid, jax.nn.logsumexp(logits, axis=-1) - picked, 0.0)
+    return label_ranks(logits, labels), jnp.sum(losses, axis=1)
+
+
+class Quality(NamedTuple):
+    """How good heads are on held-out text.
+
+    Attributes:
+      ranks: of the true tokens: a rank table without the target's side (zeros there).
+      losses: mean cross-entropy of each head, in nats, over the labels it can say.
+    """
+
+    ranks: RankTable
+    losses: Float[np.ndarray, "C"]
+
+
+def evaluate(heads: Heads, target: Params, data: Dataset) -> Quality:
+    """Ranks and losses of `heads` on `data`; labels outside the heads' vocabulary count as misses."""
     projection = draft_projection(heads, target.unembedding)
-    hits = np.zeros((heads.config.num_heads, max_rank))
-    for at in range(0, len(data.features), batch_size):
-        ranks = _ranks(
-            heads,
-            projection,
-            jnp.asarray(data.features[at : at + batch_size]),
-            jnp.asarray(data.labels[at : at + batch_size]),
-        )
-        hits += np.stack([np.bincount(r[(r >= 0) & (r < max_rank)], minlength=max_rank) for r in np.asarray(ranks)])
-    labelled = (data.labels != IGNORED).sum(0) + data.unseen
-    return hits / labelled[:, None]
+    count, num = len(data.features), heads.config.num_heads
+    size = max(1, min(count, LOGIT_BYTES // (4 * num * heads.config.output_size)))
+    ranks, losses = np.full((count, num), UNLABELLED, np.int64), np.zeros(num)
+    for at in range(0, count, size):
+        features = np.zeros((size, data.features.shape[1]), data.features.dtype)  # one shape: one compilation
+        labels = np.full((size, num), IGNORED, np.int32)
+        here = slice(at, min(at + size, count))
+        features[: here.stop - at], labels[: here.stop - at] = data.features[here], data.labels[here]
+        found, summed = _evaluate(heads, projection, features, labels)
+        ranks[here] = np.asarray(found).T[: here.stop - at]
+        losses += np.asarray(summed)
+    losses /= np.maximum((data.labels != IGNORED).sum(0), 1)
+    there = data.following[:, None] > np.arange(num)
+    ranks = np.where(there, np.where(data.labels == IGNORED, _CAP, np.minimum(ranks, _CAP)), UNLABELLED)
+    blank, names = np.zeros(count, np.float32), ("held_out",) * len(data.lengths)
+    confidence = np.zeros((count, num), np.float32)
+    table = RankTable(ranks.astype(np.int16), confidence, blank, blank, blank, data.lengths, names, _CAP)
+    return Quality(table, losses)
+
+
+def default_tree(heads: int) -> Tree:
+    """The tree that training is judged by where none is named: three drafts, two after each, then one after each."""
+    return Tree.cartesian((3, 2, 1, 1, 1, 1, 1, 1)[: min(heads, 8)])
+
+
+def record(quality: Quality, tree: Tree) -> dict[str, Any]:
+    """An evaluation as the log has it.
+
+    `accuracy` by top-k and head, `losses`, `hits` (hits[i, r]: the share of positions where head i ranks the true token
+    r-th), and `tokens_per_round`: what decoding with `tree` would commit, walked over the held-out text by its ranks.
+    That is exact on the target's own greedy answers; on other text it is what the target would confirm of it.
+    """
+    hits, table = quality.ranks.hits(), quality.ranks
+    drafts = [accepted_lengths(table, tree, i) for i in range(len(table.lengths))]
+    rounds = sum(map(len, drafts))
+    return {
+        "accuracy": {f"top{k}": hits[:, :k].sum(1).round(4).tolist() for k in TOP},
+        "losses": quality.losses.round(5).tolist(),
+        "tokens_per_round": round(1 + float(sum(d.sum() for d in drafts)) / max(rounds, 1), 5),
+        "hits": hits[:, : max(TOP)].round(5).tolist(),
+    }
+
+
+def medusa_step(
+    heads: Heads, optimiser: Optimiser, config: TrainConfig
+) -> Callable[[Float[Array, "R D"] | None, State, dict[str, Array]], tuple[State, dict[str, Array]]]:
+    """The Medusa-1 step, pure: (projection, state, batch) -> (state, metrics).
+
+    The projection is `draft_projection`'s in the compute dtype; a batch holds `features` [T D], `labels` [T C] and,
+    when distilling, the teacher's `tokens` and `probabilities` [T C k]. Any of them may be spread over a mesh.
+    """
+    weights, dtype = head_weights(config.weighting, heads.config.num_heads, config.scale), jnp.dtype(config.compute)
+
+    def step(projection: Array | None, state: State, batch: dict[str, Array]) -> tuple[State, dict[str, Array]]:
+        teacher = Teacher(batch["tokens"], batch["probabilities"]) if config.distillation else None
+
+        def loss(params: Any) -> tuple[Float[Array, ""], Float[Array, "C"]]:
+            # Operands in the compute dtype, float32 master weights: the cast's gradient comes back as float32.
+            cast = Heads(jax.tree.map(lambda p: p.astype(dtype), params), None, heads.config)
+            each = chunked_cross_entropy(
+                cast,
+                projection,
+                batch["features"],
+                batch["labels"],
+                teacher=teacher,
+                distillation=config.distillation,
+                z_loss=config.z_loss,
+            )
+            return jnp.sum(each * weights), each
+
+        (value, each), gradients = jax.value_and_grad(loss, has_aux=True)(state["params"])
+        state, metrics = optimiser.update(state, gradients)
+        return state, {"loss": value, "losses": each, **metrics}
+
+    return step
 
 
 def train(
@@ -114,65 +268,94 @@ def train(
     config: TrainConfig,
     directory: Path,
     *,
+    tree: Tree | None = None,
     report: Callable[[dict[str, Any]], None] = lambda record: None,
+    monitor: loop.Monitor | None = None,
+    placement: loop.Placement = loop.ANYWHERE,
 ) -> tuple[Heads, list[dict[str, Any]]]:
-    """Trains `heads` (float32 parameters) and gives them with the log of `loop.fit`.
+    """Trains `heads` (float32 parameters) and gives those that `config.select` names with the log of `loop.fit`.
 
-    A step's record has the mean loss, that of each head (`losses`, nats) and the gradient's norm; an evaluation's
-    `eval` the top-k accuracy of every head on `held_out` and `hits`. A later call resumes from `directory`.
+    A step's record has the mean loss, that of each head (`losses`, nats), the gradient's norm and the learning rate; at
+    every evaluation there are throughputs and, as `eval`, a `record` on `held_out`. A later call resumes from
+    `directory`.
+
+    Args:
+      tree: what `tokens_per_round` is of; None: `default_tree`.
+      monitor: follows the run (`monitor.RunMonitor`).
+      placement: where state and batches are to be; heads and target given on a mesh stay there.
 
     Raises:
+      TreeError: a tree deeper than there are heads, or too wide to simulate.
       DataError: fewer positions than one batch, or a loss that is not finite (the last checkpoint stays as it was).
+      CheckpointError: a full disk, or checkpoints of another configuration.
     """
-    per_epoch = len(data.features) // config.batch_size
-    if per_epoch == 0:
-        raise DataError(
-            f"{len(data.features)} positions do not fill one batch of {config.batch_size}; lower batch_size."
+    num, dtype = heads.config.num_heads, jnp.dtype(config.compute)
+    tree = default_tree(num) if tree is None else tree
+    if tree.max_depth > num or max(tree.ranks) >= _CAP:
+        raise TreeError(
+            f"the tree is {tree.max_depth} deep with ranks up to {max(tree.ranks)}; {num} heads can fill a depth of "
+            f"{num}, and ranks below {_CAP} are simulated. Name another tree."
         )
-    steps = per_epoch * config.epochs
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, max(1, int(config.warmup * steps)), steps, 0.0
-    )
-    optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.0))
-    projection = draft_projection(heads, target.unembedding)
-    projection = None if projection is None else projection.astype(jnp.bfloat16)
+    steps = steps_of(data, config)
+    optimiser, batches = build(config, steps), _batches(data, heads, target, config)
+    rows = draft_projection(heads, target.unembedding)
+    projection = None if rows is None else rows.astype(dtype)
+    jitted = jax.jit(medusa_step(heads, optimiser, config), donate_argnums=1)
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def step(state: Any, batch: dict[str, Array]) -> tuple[Any, dict[str, Array]]:
-        def loss(params: Any) -> tuple[Float[Array, ""], Float[Array, "C"]]:
-            # bfloat16 operands, float32 master weights: the cast's gradient comes back as float32.
-            half = replace(heads, params=jax.tree.map(lambda p: p.astype(jnp.bfloat16), params))
-            each = chunked_cross_entropy(half, projection, batch["features"], batch["labels"])
-            return jnp.sum(each * config.head_decay ** jnp.arange(each.shape[0])), each
+    def judged(state: State) -> dict[str, Any]:
+        return record(evaluate(replace(heads, params=optimiser.evaluated(state)), target, held_out), tree)
 
-        (value, each), grads = jax.value_and_grad(loss, has_aux=True)(state["params"])
-        updates, opt = optimiser.update(grads, state["opt"], state["params"])
-        metrics = {"loss": value, "losses": each, "gradient_norm": optax.global_norm(grads)}
-        return {"params": optax.apply_updates(state["params"], updates), "opt": opt}, metrics
-
+    labelled = float((data.labels != IGNORED).sum(1).mean())  # per position
     trained = loop.fit(
-        step,
-        {"params": heads.params, "opt": optimiser.init(heads.params)},
-        _batches(data, config),
+        functools.partial(jitted, projection),
+        optimiser.init(heads.params),
+        batches,
         steps=steps,
         directory=directory,
-        checkpoint_every=config.checkpoint_every or per_epoch,
-        evaluate=lambda state: _record(replace(heads, params=state["params"]), target, held_out),
+        checkpoint_every=config.checkpoint_every or len(data.features) // config.batch_size,
+        evaluate=judged,
         report=report,
+        score=lambda found: found["tokens_per_round"],
+        keep=config.keep,
+        per_step={"tokens": config.batch_size, "labels": config.batch_size * labelled},
+        monitor=monitor,
+        placement=placement,
     )
-    return replace(heads, params=trained.state["params"]), trained.log
+    chosen = trained.state if config.select == "last" else loop.best_state(directory, trained.state, batches)
+    return replace(heads, params=optimiser.evaluated(chosen)), trained.log
 
 
-def _batches(data: Dataset, config: TrainConfig) -> grain.IterDataset:
+def steps_of(data: Dataset, config: TrainConfig) -> int:
+    """Batches in a whole run: those of every epoch, down to a whole number of updates.
+
+    Raises:
+      DataError: fewer positions than one batch, or batches than one update.
+    """
+    per_epoch = len(data.features) // config.batch_size
+    steps = per_epoch * config.epochs // config.accumulate * config.accumulate
+    if per_epoch == 0 or steps == 0:
+        raise DataError(
+            f"{len(data.features)} positions in {config.epochs} epochs do not fill one batch of {config.batch_size}, "
+            f"{config.accumulate} times; lower batch_size or accumulate."
+        )
+    return steps
+
+
+def _batches(data: Dataset, heads: Heads, target: Params, config: TrainConfig) -> grain.IterDataset:
+    taught = None
+    if config.distillation:
+        matrix = target.unembedding if heads.token_map is None else target.unembedding[heads.token_map]
+        taught = teach(data, matrix, config.teacher_top_k)
+    ahead = 1 + np.arange(heads.config.num_heads)
+
     def rows(chosen: np.ndarray) -> dict[str, np.ndarray]:
         chosen = np.sort(chosen)  # the order within a batch is free, and sorted reads are faster
-        return {"features": data.features[chosen], "labels": data.labels[chosen]}
+        batch = {"features": data.features[chosen], "labels": data.labels[chosen]}
+        if taught is not None:
+            # Head i at feature j learns the distribution that feature j + 1 + i gives: the token j + 1 + i's own.
+            source = np.minimum(chosen[:, None] + ahead, len(data.features) - 1)  # past the end there is no label
+            batch |= {"tokens": taught[0][source], "probabilities": taught[1][source]}
+        return batch
 
     order = grain.MapDataset.range(len(data.features)).seed(config.seed).shuffle().repeat(config.epochs)
     return order.batch(config.batch_size, drop_remainder=True).map(rows).to_iter_dataset()
-
-
-def _record(heads: Heads, target: Params, held_out: Dataset) -> dict[str, Any]:
-    hits = evaluate(heads, target, held_out)
-    accuracy = {f"top{k}": hits[:, :k].sum(1).round(4).tolist() for k in TOP}
-    return {"accuracy": accuracy, "hits": hits.round(5).tolist()}

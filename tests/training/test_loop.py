@@ -1,12 +1,13 @@
 """The training loop: killed and resumed runs equal uninterrupted ones, bit for bit; bad losses and data are refused."""
 
+import contextlib
 import json
 import random
+import resource
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import grain
 import jax
@@ -124,16 +125,74 @@ def test_refusals(tmp_path):
         loop.fit(add, {"sum": jnp.zeros(3)}, counting(), steps=12, directory=tmp_path / "b", checkpoint_every=3)
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
-    loop.fit(add, START, counting(), steps=3, directory=tmp_path, checkpoint_every=3)
+@contextlib.contextmanager
+def disk_with(size):
+    """No file of this process can grow beyond `size` bytes: writing more is an OSError, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-    def full(self, *args, **kwargs):
-        raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", full)
-        with pytest.raises(OSError, match="No space left"):
-            loop.fit(add, START, counting(), steps=6, directory=tmp_path, checkpoint_every=3)
-    state, log = loop.fit(add, START, counting(), steps=6, directory=tmp_path, checkpoint_every=3)
-    assert float(state["sum"]) == sum(range(6))
+@pytest.mark.parametrize(("size", "what"), [(20_000, "checkpoint 6 cannot be written"), (150, "log.jsonl cannot be")])
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, size, what):
+    """The weights do not fit, or not even the log."""
+    start = {"sum": jax.random.normal(jax.random.key(0), (20_000,))}  # 80 kB that do not compress
+
+    def run(steps):
+        return loop.fit(add, start, counting(), steps=steps, directory=tmp_path, checkpoint_every=3)
+
+    run(3)
+    with disk_with(size), pytest.raises(sj.CheckpointError, match=f"{what}.*is the disk full"):
+        run(6)
+    assert checkpoint.latest(tmp_path / "checkpoints") == 3
+    state, log = run(6)
+    np.testing.assert_allclose(state["sum"], start["sum"] + sum(range(6)), rtol=1e-6)
     assert [r["loss"] for r in log] == list(range(6))
+
+
+def test_the_best_checkpoint_stays_beside_the_newest(tmp_path):
+    def run(steps):
+        return loop.fit(
+            add, START, counting(), steps=steps, directory=tmp_path, checkpoint_every=1, keep=2,
+            evaluate=lambda state: {"sum": float(state["sum"])}, score=lambda e: -abs(e["sum"] - 6.0),
+        )  # fmt: skip
+
+    run(7)
+    assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == [4, 6, 7]  # 0 + 1 + 2 + 3 is 6
+    state, _ = run(9)  # after a restart the old best one is still known
+    assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == [4, 8, 9]
+    assert float(loop.best_state(tmp_path, state, counting())["sum"]) == 6.0
+    loop.fit(add, START, counting(), steps=1, directory=tmp_path / "x", checkpoint_every=1)
+    with pytest.raises(sj.CheckpointError, match="has a score; evaluate while training"):
+        loop.best_state(tmp_path / "x", state, counting())
+
+
+def test_placement_and_amounts(tmp_path):
+    devices = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def put(tree):
+        return jax.tree.map(lambda leaf: jax.device_put(leaf, devices), tree)
+
+    seen = []
+
+    class Watch:
+        def step(self, step, metrics):
+            seen.append((step, float(metrics["loss"])))
+
+        def logged(self, records):
+            seen.append([r["step"] for r in records])
+
+    def run(steps):
+        return loop.fit(
+            add, START, counting(), steps=steps, directory=tmp_path, checkpoint_every=2, per_step={"tokens": 64},
+            monitor=Watch(), placement=loop.Placement(put, put),
+        )  # fmt: skip
+
+    state, log = run(2)
+    assert state["sum"].committed
+    assert log[-1]["tokens_per_second"] == pytest.approx(64 * log[-1]["steps_per_second"])
+    assert seen == [[], (1, 0.0), (2, 1.0), [1, 2]]
+    assert run(3)[0]["sum"].committed  # restored where it was

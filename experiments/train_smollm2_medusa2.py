@@ -1,0 +1,29 @@
+"""Medusa-2 for SmolLM2-135M-Instruct: heads and LoRA changes to the backbone, fitted together on its own text.
+
+    specjax run experiments/train_smollm2_medusa2.py --output-dir results/train_smollm2_medusa2
+
+The backbone's loss is its divergence from the frozen model (self-distillation); LoRA of rank 32, alpha 16, dropout
+0.05 on all seven matrices of a layer. It uses the text of train_smollm2_medusa.py, and makes it where it is not there.
+Output: heads.safetensors and `backbone`, the Hugging Face directory of the model that they belong to.
+
+On several hosts, each runs the same command with its own number, on directories that all of them see:
+
+    specjax run experiments/train_smollm2_medusa2.py --output-dir DIR --mesh.model 1 \\
+        --hosts.coordinator HOST:PORT --hosts.processes 2 --hosts.process-id 0
+
+Record: not run to its end yet. A full pass needs an accelerator or about a day of two CPU cores.
+"""
+
+from specjax.training.fit import Distillation
+from specjax.training.fit_joint import FitJoint
+from specjax.training.joint import JointConfig
+from specjax.training.lora import LoraConfig
+
+
+def get_config() -> FitJoint:
+    return FitJoint(
+        name="train_smollm2_medusa2",
+        model="smollm2-135m-instruct",
+        data=Distillation(shards=90, held_out_shards=2),
+        training=JointConfig(epochs=2, batch_size=8, length=512, lora=LoraConfig(rank=32, alpha=16.0, dropout=0.05)),
+    )

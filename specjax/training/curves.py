@@ -1,0 +1,85 @@
+"""Figures of a training log, drawn without touching matplotlib's global state."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+Log = Sequence[dict[str, Any]]
+
+
+def _axes(title: str, ylabel: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(6.0, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_xlabel("step")
+    axes.set_ylabel(ylabel)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.25)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _split(log: Log) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    return [r for r in log if "loss" in r], [r for r in log if "eval" in r]
+
+
+def loss_per_head(log: Log) -> Figure:
+    """Training loss of every step, thin, and held-out loss at every evaluation, with marks; one colour per head."""
+    steps, evaluations = _split(log)
+    figure, axes = _axes("Loss per head: training (thin), held out (marks)", "nats per token")
+    for i in range(len(evaluations[0]["eval"]["losses"])):
+        colour = f"C{i}"
+        axes.plot([r["step"] for r in steps], [r["losses"][i] for r in steps], color=colour, lw=0.7, alpha=0.6)
+        at = [r["step"] for r in evaluations]
+        axes.plot(
+            at, [r["eval"]["losses"][i] for r in evaluations], color=colour, marker="o", ms=4, label=f"head {i + 1}"
+        )
+    axes.legend(frameon=False)
+    return figure
+
+
+def accuracy_per_head(log: Log) -> Figure:
+    """Top-1 accuracy, solid, and top-3, dashed, on held-out text."""
+    _, evaluations = _split(log)
+    figure, axes = _axes("Held-out accuracy per head: top-1, top-3 (dashed)", "share of positions")
+    at = [r["step"] for r in evaluations]
+    for i in range(len(evaluations[0]["eval"]["losses"])):
+        top1, top3 = ([r["eval"]["accuracy"][k][i] for r in evaluations] for k in ("top1", "top3"))
+        axes.plot(at, top1, color=f"C{i}", marker="o", ms=4, label=f"head {i + 1}")
+        axes.plot(at, top3, color=f"C{i}", ls="--", lw=1)
+    axes.set_ylim(0, 1)
+    axes.legend(frameon=False)
+    return figure
+
+
+def tokens_per_round(log: Log, tree: str) -> Figure:
+    """What decoding the held-out text with `tree` would commit per target forward."""
+    _, evaluations = _split(log)
+    figure, axes = _axes(f"Tokens per target forward with {tree} (1 = autoregressive)", "tokens per round")
+    axes.plot([r["step"] for r in evaluations], [r["eval"]["tokens_per_round"] for r in evaluations], marker="o", ms=4)
+    axes.axhline(1.0, color="black", lw=0.8)
+    return figure
+
+
+def learning_rate(log: Log) -> Figure:
+    """The schedule, as it was."""
+    steps, _ = _split(log)
+    figure, axes = _axes("Learning rate", "learning rate")
+    axes.plot([r["step"] for r in steps], [r["learning_rate"] for r in steps])
+    return figure
+
+
+def save_training_figures(log: Log, directory: Path, tree: str) -> list[str]:
+    """Writes loss.png, accuracy.png, tokens_per_round.png and learning_rate.png; gives their names."""
+    figures = {
+        "loss.png": loss_per_head(log),
+        "accuracy.png": accuracy_per_head(log),
+        "tokens_per_round.png": tokens_per_round(log, tree),
+        "learning_rate.png": learning_rate(log),
+    }
+    for name, figure in figures.items():
+        figure.savefig(directory / name, dpi=130)
+    return list(figures)

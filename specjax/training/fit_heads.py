@@ -1,0 +1,141 @@
+"""From a target and text of its own to heads on disk, with the record of how good they are."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+
+from specjax.analysis.ranks import Text, fingerprint, measure
+from specjax.bench import environment
+from specjax.errors import ConfigError
+from specjax.heads import Heads, MedusaConfig, init_heads
+from specjax.loading.heads import load_heads, save_heads
+from specjax.loading.load import Model
+from specjax.training.curves import save_training_figures
+from specjax.training.distill import Answers
+from specjax.training.monitor import RunMonitor
+from specjax.training.trainer import TrainConfig, dataset, default_tree, frequent_tokens, steps_of, train
+from specjax.tree import Tree
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadFit:
+    """Which heads, and how to train them; the text comes from what extends this.
+
+    Attributes:
+      reduced_vocab_size: the most frequent tokens of the training text; None for the whole vocabulary.
+      start_from: heads to go on from, as `load_heads` takes them: their shape and vocabulary hold then, not the fields
+        above. None: from the LM head.
+      tree: whose tokens_per_round is followed, as `Tree.parse` takes it; None: `default_tree`.
+    """
+
+    name: str
+    num_heads: int = 4
+    num_layers: int = 1
+    projection: Literal["shared", "full"] = "shared"
+    reduced_vocab_size: int | None = 8192
+    start_from: str | None = None
+    tree: str | None = None
+    training: TrainConfig = field(default_factory=lambda: TrainConfig(select="best"))
+
+    def start(self, model: Model, text: Answers) -> Heads:
+        """The float32 heads that training starts with.
+
+        Raises:
+          ConfigError: a shape that does not fit the model.
+          CheckpointError: `start_from` cannot be loaded, or is for another model.
+        """
+        if self.start_from is not None:
+            return load_heads(self.start_from, model.config, dtype=jnp.float32)
+        vocab, size = model.config.vocab_size, self.reduced_vocab_size
+        if size is not None and not 1 <= size <= vocab:
+            raise ConfigError(f"reduced_vocab_size is {size}; expected 1 to {vocab}, the model's vocabulary, or None.")
+        shape = MedusaConfig(
+            self.num_heads, model.config.hidden_size, vocab, self.num_layers, self.projection, self.reduced_vocab_size
+        )
+        return init_heads(shape, model.params, None if size is None else frequent_tokens(text.tokens, size, vocab))
+
+    def fit(
+        self,
+        model: Model,
+        text: Answers,
+        held_out: Answers,
+        texts: list[Text],
+        output_dir: Path,
+        console: Console,
+    ) -> dict[str, Any]:
+        """Trains on `text`, evaluates on `held_out`, and gives the content of result.json.
+
+        Writes heads.safetensors (bfloat16), heads.ranks.npz (measured on `texts`: the held-out conversations with their
+        prompts), log.jsonl, TensorBoard events, curves as PNG, and checkpoints into `output_dir`.
+
+        Raises:
+          As `train`.
+        """
+        heads = self.start(model, text)
+        tree = default_tree(heads.config.num_heads) if self.tree is None else Tree.parse(self.tree)
+        data, judged = dataset(text, heads), dataset(held_out, heads)
+        steps = steps_of(data, self.training)
+        with RunMonitor(output_dir, console, steps=steps, tokens_per_step=self.training.batch_size) as monitor:
+            heads, log = train(
+                heads,
+                model.params,
+                data,
+                judged,
+                self.training,
+                output_dir,
+                tree=tree,
+                monitor=monitor,
+                report=lambda record: console.print(_line(record)),
+            )
+        evaluations = [entry for entry in log if "eval" in entry]
+        chosen = evaluations[-1]
+        if self.training.select == "best":  # the step-0 evaluation has no checkpoint; on a tie the newest
+            chosen = max(evaluations[1:], key=lambda entry: (entry["eval"]["tokens_per_round"], entry["step"]))
+        record = {"trained_tokens": len(text.tokens), "held_out_tokens": len(held_out.tokens), **chosen["eval"]}
+        half = Heads(jax.tree.map(lambda p: p.astype(jnp.bfloat16), heads.params), heads.token_map, heads.config)
+        metadata = {
+            "target": model.config.name,
+            "config": asdict(self),
+            "hits": record["hits"],
+            "accuracy": record["accuracy"],
+        }
+        save_heads(output_dir / "heads.safetensors", half, metadata)
+        measure(model, half, texts).save(output_dir / "heads.ranks.npz")  # beside the heads: tree="auto" finds it
+        console.print(json.dumps(record["accuracy"]))
+        return {
+            "experiment": self.name,
+            "config": asdict(self),
+            "environment": environment(),
+            "record": record,
+            "step": chosen["step"],
+            "tree": {"name": tree.name, "nodes": tree.size, "paths": [list(path) for path in tree.rank_paths]},
+            "data": {
+                "model": fingerprint(model.params),
+                "training": _counts(text, data.labels),
+                "held_out": _counts(held_out, judged.labels),
+            },
+            "evaluations": evaluations,
+            "throughput": {k: v for e in log if "loss" in e for k, v in e.items() if k.endswith("_per_second")},
+            "figures": save_training_figures(log, output_dir, tree.name or f"{tree.size} nodes"),
+        }
+
+
+def _counts(answers: Answers, labels: Any) -> dict[str, Any]:
+    return {
+        "conversations": len(answers.lengths),
+        "tokens": len(answers.tokens),
+        "labels_per_head": (labels >= 0).sum(0).tolist(),
+    }
+
+
+def _line(entry: dict[str, Any]) -> str:
+    found = entry["eval"]
+    return (
+        f"step {entry['step']}: top-1 {found['accuracy']['top1']}, top-3 {found['accuracy']['top3']}, "
+        f"loss {[round(x, 3) for x in found['losses']]}, {found['tokens_per_round']:.3f} tokens per round"
+    )

@@ -1,0 +1,92 @@
+"""What a training run shows while it runs: a live line on the terminal, and TensorBoard event files."""
+
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from tensorboardX import SummaryWriter
+
+EVENTS = "tensorboard"  # the folder of the event files
+_SECONDS = 0.5  # between two updates of the live line: reading a loss waits for its step
+
+
+class RunMonitor:
+    """A `loop.Monitor`, to be used as a context: `with RunMonitor(...) as monitor: train(..., monitor=monitor)`.
+
+    The line has the step, the mean loss, head 1's top-1 accuracy at the last evaluation, tokens per second and the time
+    that is left. The events have every number of the log, under its path in a record (`eval/accuracy/top1/head_1`).
+    After a kill, a resumed run writes the steps since the last checkpoint once more, with the same values.
+
+    Args:
+      directory: the run's; events go into its folder `tensorboard`.
+      console: where the line is drawn.
+      steps: of the whole run.
+      tokens_per_step: for the tokens per second.
+    """
+
+    def __init__(self, directory: Path, console: Console, *, steps: int, tokens_per_step: float) -> None:
+        columns = (
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}  top-1 {task.fields[top1]}  {task.fields[rate]} tokens/s"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        self._writer = SummaryWriter(str(directory / EVENTS))
+        self._progress = Progress(*columns, console=console)
+        self._task = self._progress.add_task("training", total=steps, loss="-", top1="-", rate="-")
+        self._tokens, self._shown = tokens_per_step, (time.perf_counter(), 0)
+
+    def __enter__(self) -> "RunMonitor":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+        self._writer.close()
+
+    def step(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Draws the line anew, if it has been long enough."""
+        now, (then, before) = time.perf_counter(), self._shown
+        if before and now - then < _SECONDS:
+            return
+        loss = float(metrics["loss"])  # waits for the step
+        now = time.perf_counter()
+        rate = f"{self._tokens * (step - before) / (now - then):,.0f}" if before else "-"  # the first step compiles
+        self._progress.update(self._task, completed=step, loss=f"{loss:.3f}", rate=rate)
+        self._shown = now, step
+
+    def logged(self, records: list[dict[str, Any]]) -> None:
+        """Writes the records as events."""
+        for record in records:
+            for tag, value in _scalars(record):
+                if tag != "step":
+                    self._writer.add_scalar(tag, value, record["step"])
+            if "eval" in record:
+                self._show(record["eval"])
+            self._progress.update(self._task, completed=record["step"])
+        self._writer.flush()
+        self._shown = time.perf_counter(), self._shown[1] and max(self._shown[1], records[-1]["step"])
+
+    def _show(self, found: Mapping[str, Any]) -> None:
+        top1 = found.get("accuracy", {}).get("top1")
+        if top1:
+            self._progress.update(self._task, top1=f"{top1[0]:.3f}")
+
+
+def _scalars(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
+    # Every number in a record with its path; lists are by head.
+    if isinstance(value, Mapping):
+        for name, part in value.items():
+            yield from _scalars(part, f"{path}/{name}" if path else str(name))
+    elif isinstance(value, list):
+        for i, part in enumerate(value, 1):
+            yield from _scalars(part, f"{path}/{'rank' if 'head_' in path else 'head'}_{i}")
+    elif isinstance(value, (int, float)):
+        yield path, float(value)

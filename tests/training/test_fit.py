@@ -1,0 +1,127 @@
+"""Fitting end to end: the tiny Qwen2's experiment as `specjax run` runs it, and the Qwen2.5 one without a network."""
+
+import dataclasses
+import io
+import json
+import struct
+from pathlib import Path
+
+import huggingface_hub.constants
+import numpy as np
+import pytest
+from rich.console import Console
+from tensorboardX.proto.event_pb2 import Event
+
+import specjax as sj
+from specjax.analysis.ranks import RankTable
+from specjax.analysis.simulate import simulate
+from specjax.experiment import load_config, run_config
+from specjax.loading.heads import heads_metadata
+from specjax.training import loop
+from specjax.training.trainer import TrainConfig, default_tree
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+
+
+def run(config, directory):
+    """The result of an experiment, and what it printed."""
+    console = Console(file=io.StringIO(), width=200)
+    assert run_config(config, directory, console) == 0
+    return json.loads((directory / "result.json").read_text()), console.file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    """The tiny experiment, run."""
+    directory, config = tmp_path_factory.mktemp("fit"), load_config(EXPERIMENTS / "train_tiny_qwen2.py")
+    return directory, config, *run(config, directory)
+
+
+def scalars(directory):
+    """Every scalar in a folder of TensorBoard event files: {tag: {step: value}}."""
+    found: dict[str, dict[int, float]] = {}
+    for file in sorted(directory.iterdir()):
+        data, at = file.read_bytes(), 0
+        while at < len(data):  # length, its checksum, the event, its checksum
+            (length,) = struct.unpack_from("<Q", data, at)
+            event = Event.FromString(data[at + 12 : at + 12 + length])
+            at += 16 + length
+            for value in event.summary.value:
+                found.setdefault(value.tag, {})[event.step] = value.simple_value
+    return found
+
+
+def test_trained_heads_beat_the_lm_head_by_the_stated_margin(fitted):
+    directory, config, result, printed = fitted
+    assert result["gain"]["top1"][0] > 0.15
+    assert min(result["gain"]["top1"]) > 0.03
+    assert result["gain"]["tokens_per_round"] > 0.3
+    first, last = result["evaluations"][0]["eval"], result["evaluations"][-1]["eval"]
+    assert all(b < a for a, b in zip(first["losses"], last["losses"], strict=True))
+    assert f"step 0: top-1 {first['accuracy']['top1']}" in printed.replace("\n", " ")
+    assert "tokens/s" in printed
+    # What is on disk is what was judged: the same accuracies once more, from the exported heads and from decoding.
+    model = config.target()
+    heads = sj.load_heads(directory / "heads.safetensors", model.config)
+    table = RankTable.load(directory / "heads.ranks.npz").check(model, heads)
+    np.testing.assert_allclose(table.accuracy(1), result["record"]["accuracy"]["top1"], atol=0.02)  # bfloat16 heads
+    simulated = simulate(table, [default_tree(3)])[0].tokens_per_round
+    assert simulated == pytest.approx(result["record"]["tokens_per_round"], abs=0.03)
+    assert heads_metadata(directory / "heads.safetensors")["hits"] == result["record"]["hits"]
+
+
+def test_the_record_is_complete(fitted):
+    directory, _, result, _ = fitted
+    log = [json.loads(line) for line in (directory / loop.LOG).read_text().splitlines()]
+    steps = [r for r in log if "loss" in r]
+    assert [r["step"] for r in steps] == list(range(1, len(steps) + 1))
+    assert all(r["gradient_norm"] > 0 and r["learning_rate"] >= 0 and len(r["losses"]) == 3 for r in steps)
+    assert set(result["throughput"]) == {"steps_per_second", "tokens_per_second", "labels_per_second"}
+    evaluation = result["evaluations"][1]["eval"]
+    assert set(evaluation["accuracy"]) == {"top1", "top2", "top3", "top5", "top10"}
+    best = max(result["evaluations"][1:], key=lambda r: (r["eval"]["tokens_per_round"], r["step"]))
+    assert best["step"] == result["step"]
+    assert result["record"]["losses"] == best["eval"]["losses"]
+    assert result["data"]["training"]["tokens"] == result["record"]["trained_tokens"]
+    for name in result["figures"]:
+        assert (directory / name).read_bytes()[:4] == b"\x89PNG"
+    assert len(result["figures"]) == 4
+    events = scalars(directory / "tensorboard")
+    assert events["loss"] == pytest.approx({r["step"]: r["loss"] for r in steps}, rel=1e-6)
+    top1 = {r["step"]: r["eval"]["accuracy"]["top1"][1] for r in result["evaluations"]}
+    assert events["eval/accuracy/top1/head_2"] == pytest.approx(top1, rel=1e-6)
+    assert {"gradient_norm", "learning_rate", "losses/head_3", "eval/tokens_per_round", "tokens_per_second"} <= set(
+        events
+    )
+
+
+def test_going_on_from_heads_and_averaging(fitted, tmp_path):
+    directory, config, result, _ = fitted
+    training = TrainConfig(
+        epochs=1, batch_size=256, learning_rate=1e-4, distillation=0.5, accumulate=2, ema=0.9, weighting="decay"
+    )
+    changed = dataclasses.replace(
+        config, start_from=str(directory / "heads.safetensors"), num_heads=1, reduced_vocab_size=None,
+        training=training, tree="chain:3",
+    )  # fmt: skip
+    further, _ = run(changed, tmp_path)
+    begun = further["evaluations"][0]["eval"]
+    np.testing.assert_allclose(begun["accuracy"]["top1"], result["record"]["accuracy"]["top1"], atol=0.02)
+    assert sj.load_heads(tmp_path / "heads.safetensors", config.target().config).config.reduced_vocab_size == 48
+    assert further["tree"]["nodes"] == 4
+    assert further["evaluations"][-1]["step"] % 2 == 0
+    with pytest.raises(sj.CheckpointError, match="there are no heads"):
+        run(dataclasses.replace(changed, start_from=str(tmp_path / "none")), tmp_path / "absent")
+    with pytest.raises(sj.TreeError, match="3 heads can fill a depth of 3"):
+        run(dataclasses.replace(changed, tree="chain:4"), tmp_path / "deep")
+
+
+def test_qwen2_5_without_a_network(tmp_path, monkeypatch):
+    config = load_config(EXPERIMENTS / "train_qwen2_5_0_5b_medusa.py")
+    assert config.model == "Qwen/Qwen2.5-0.5B-Instruct"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(
+        sj.CheckpointError, match=r"Qwen2.5-0.5B-Instruct' .* cannot be downloaded .* check the name and"
+    ):
+        run(config, tmp_path / "out")

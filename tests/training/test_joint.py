@@ -1,0 +1,235 @@
+"""Packed training: labels, Medusa-1 on the fly against cached features, and Medusa-2 on a target's own text."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import noisy_heads, tiny_model
+
+import specjax as sj
+from specjax.heads import draft_projection, init_heads
+from specjax.model import forward, unembed
+from specjax.training import losses
+from specjax.training.data import Conversation, packed
+from specjax.training.distill import Answers
+from specjax.training.fit_joint import export
+from specjax.training.joint import (
+    JointConfig,
+    backbone_sum,
+    future_tokens,
+    joint_loss,
+    reduced_rows,
+    split_labels,
+)
+from specjax.training.joint_trainer import fit_joint
+from specjax.training.lora import LoraConfig, adapters, init_lora, merge
+from specjax.training.losses import IGNORED, chunked_cross_entropy
+from specjax.training.mesh import MeshConfig
+from specjax.training.trainer import dataset, frequent_tokens
+
+MEDUSA1 = JointConfig(batch_size=4, length=24)
+MEDUSA2 = JointConfig(
+    epochs=3, batch_size=4, length=24, lora=LoraConfig(4, 8.0, 0.1), learning_rate=1e-2, lora_learning_rate=2e-3,
+    head_weight=0.3, checkpoint_every=60,
+)  # fmt: skip
+
+
+def language(count, seed):
+    """Conversations in which the next token follows from the last: x -> 5x + 3 (mod 61)."""
+    rng, made = np.random.default_rng(seed), []
+    for _ in range(count):
+        tokens = [int(rng.integers(61))]
+        while len(tokens) < 12:
+            tokens.append((5 * tokens[-1] + 3) % 61)
+        cut = int(rng.integers(1, 5))
+        made.append(Conversation(np.array(tokens[:cut]), np.array(tokens[cut:])))
+    return made
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """Four packed rows."""
+    return next(iter(packed(language(60, 0), length=24, batch_size=4, seed=0)))
+
+
+@functools.cache
+def loss_and_grad(config, settings):
+    """Jitted: (trained, heads, frozen, projection, batch, key) -> ((loss, parts), gradients)."""
+
+    def loss(trained, heads, frozen, projection, batch, key):
+        return joint_loss(
+            trained, heads, frozen, projection, config, batch, settings, done=jnp.float32(1.0), key=key, shards=2
+        )
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
+def test_labels_stay_within_an_answer():
+    # Two conversations of two prompt tokens each, an unfinished one, and padding.
+    tokens = jnp.array([10, 11, 12, 13, 14, 20, 21, 22, 30, 0])
+    segments = jnp.array([1, 1, 1, 1, 1, 2, 2, 2, 3, 0])
+    answer = jnp.array([0, 0, 1, 1, 1, 0, 0, 1, 0, 0], bool)
+    x = IGNORED
+    lm = [x, 12, 13, 14, x, x, 22, x, x, x]
+    head0 = [x, 13, 14, x, x, x, x, x, x, x]  # two slots ahead
+    head1 = [x, 14, x, x, x, x, x, x, x, x]
+    assert future_tokens(tokens, segments, answer, 3).T.tolist() == [lm, head0, head1]
+    heads = sj.Heads({}, jnp.array([12, 14]), sj.MedusaConfig(1, 16, 61, reduced_vocab_size=2))
+    assert reduced_rows(heads, jnp.array(lm)).tolist() == [x, 0, x, 1, x, x, x, x, x, x]
+
+
+@pytest.mark.parametrize("reduced", [None, 40])
+def test_on_the_fly_equals_cached_features(model, batch, reduced):
+    """The loss of the cached trainer on the same positions, from features of each conversation on its own."""
+    config = sj.MedusaConfig(3, 16, 61, projection="shared", reduced_vocab_size=reduced)
+    ids = None if reduced is None else frequent_tokens(np.concatenate([i.answer for i in language(60, 0)]), reduced, 61)
+    heads = init_heads(config, model.params, ids)
+    rng = np.random.default_rng(0)
+    params = {n: jnp.asarray(v + 0.3 * rng.normal(size=v.shape).astype("f")) for n, v in heads.params.items()}
+    tokens, features, lengths = [], [], []
+    features_of = jax.jit(lambda t: forward(model.params, model.config, t).features)
+    for row in range(4):
+        for segment in range(1, batch["segments"][row].max() + 1):
+            inside = np.flatnonzero(batch["segments"][row] == segment)
+            text, first = batch["tokens"][row][inside], int(np.argmax(batch["answer"][row][inside]))
+            assert len(text) == 12
+            features.append(features_of(text)[first - 1 : -1])
+            tokens.append(text[first:])
+            lengths.append(len(text) - first)
+    answers = Answers(np.concatenate(tokens), np.concatenate(features), np.array(lengths))
+    data = dataset(answers, heads)
+    projection = draft_projection(heads, model.params.unembedding)
+    expected = chunked_cross_entropy(dataclasses.replace(heads, params=params), projection, data.features, data.labels)
+    run = loss_and_grad(model.config, MEDUSA1)
+    (value, parts), _ = run({"heads": params}, heads, model.params, projection, batch, None)
+    np.testing.assert_allclose(parts["losses"], expected, rtol=0, atol=1e-5)
+    assert float(value) == pytest.approx(float(np.sum(expected * 0.8 ** np.arange(3))), abs=1e-5)
+
+
+def test_what_is_no_answer_counts_for_exactly_nothing(model, batch):
+    heads = noisy_heads(model, 2)
+    run = loss_and_grad(model.config, MEDUSA1)
+    silent = batch | {"answer": np.zeros_like(batch["answer"])}
+    (value, _), grads = run({"heads": heads.params}, heads, model.params, None, silent, None)
+    assert float(value) == 0
+    assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(grads))
+    # Other tokens in a conversation without an answer: not a bit changes, though it shares a row with others.
+    muted = (batch["segments"] == 2) | (batch["segments"] == 0)
+    half = batch | {"answer": batch["answer"] & ~muted}
+    other = half | {"tokens": np.where(muted, (batch["tokens"] + 7) % 61, batch["tokens"]).astype(np.int32)}
+    (one, _), grad = run({"heads": heads.params}, heads, model.params, None, half, None)
+    (two, _), grad_two = run({"heads": heads.params}, heads, model.params, None, other, None)
+    assert float(one) == float(two) > 0
+    jax.tree.map(np.testing.assert_array_equal, grad, grad_two)
+
+
+def test_the_backbone_loss_by_hand_in_chunks(model, batch, monkeypatch):
+    heads = noisy_heads(model, 2)
+    labels, _ = split_labels(heads, batch)
+    labels = labels.reshape(-1, 1)
+    rng = np.random.default_rng(0)
+    ours, frozen = (jnp.asarray(rng.normal(size=(len(labels), 16)).astype("f")) for _ in range(2))
+    log_q, log_p = (jax.nn.log_softmax(unembed(model.params, f)) for f in (ours, frozen))
+    valid = np.asarray(labels[:, 0] != IGNORED)
+    kl = (np.exp(log_p) * (log_p - log_q)).sum(1)[valid].sum()
+    text = -np.asarray(log_q)[valid, np.asarray(labels)[valid, 0]].sum()
+
+    def both(ours):
+        return backbone_sum(model.params, labels, ours, frozen), backbone_sum(model.params, labels, ours, None)
+
+    whole = jax.grad(lambda x: sum(both(x)))(ours)
+    monkeypatch.setattr(losses, "LOGIT_BYTES", 4 * 61 * 14)  # chunks of 14 and 7, the last ones cut
+    np.testing.assert_allclose(both(ours), [kl, text], rtol=1e-5)
+    np.testing.assert_allclose(jax.grad(lambda x: sum(both(x)))(ours), whole, rtol=1e-4, atol=1e-5)
+    assert not np.asarray(whole)[~valid].any()
+
+
+def test_medusa2_starts_at_the_frozen_model_and_moves_heads_and_lora_alone(model, batch):
+    heads = noisy_heads(model, 2)
+    lora = init_lora(jax.random.key(0), model.config, MEDUSA2.lora)
+    run = loss_and_grad(model.config, MEDUSA2)
+    (value, parts), grads = run(
+        {"heads": heads.params, "lora": lora}, heads, model.params, None, batch, jax.random.key(1)
+    )
+    assert float(parts["backbone"]) == pytest.approx(0, abs=1e-6)
+    assert float(value) == pytest.approx(0.3 * float(parts["losses"] @ np.array([1, 0.8])), rel=1e-5)
+    for pair in vars(grads["lora"].layers[1]).values():
+        assert float(jnp.abs(pair.b).max()) > 0
+        assert not np.asarray(pair.a).any()  # B is zero
+    plain = dataclasses.replace(MEDUSA2, remat=False)
+    again = loss_and_grad(model.config, plain)(
+        {"heads": heads.params, "lora": lora}, heads, model.params, None, batch, jax.random.key(1)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), again, ((value, parts), grads))
+
+
+def test_the_ramp():
+    ramp = [float(MEDUSA2.head_weights(2, jnp.float32(x))[1]) for x in (0, 1 / 3, 1)]
+    np.testing.assert_allclose(ramp, [0, 0.12, 0.24], atol=1e-6)  # 0.3 * 0.8 * sin(0, 30, 90 degrees)
+    np.testing.assert_allclose(MEDUSA1.head_weights(2, jnp.float32(0)), [1, 0.8])
+
+
+def test_medusa2_fits_backbone_and_heads(tmp_path):
+    """On text that the target does not know yet: the loss falls, the frozen weights stay, the export is the model."""
+    model = tiny_model(stddev=0.3, num_layers=1)
+    before = jax.tree.map(np.array, model.params)
+    heads = init_heads(sj.MedusaConfig(2, 16, 61, projection="shared"), model.params)
+    settings = dataclasses.replace(
+        MEDUSA2, backbone_loss="text", remat=False, learning_rate=2e-2, lora_learning_rate=2e-2
+    )
+    fitted = fit_joint(
+        model.config,
+        model.params,
+        heads,
+        language(480, 0),
+        language(40, 1),
+        settings,
+        tmp_path,
+        on=MeshConfig(1, 1).build(),
+    )
+    first, last = fitted.log[0]["eval"], fitted.log[-1]["eval"]
+    assert last["backbone"] < 0.6 * first["backbone"]
+    assert min(last["accuracy"]["top1"]) > max(first["accuracy"]["top1"]) + 0.3
+    records = [record for record in fitted.log if "loss" in record]
+    assert np.mean([r["loss"] for r in records[-10:]]) < np.mean([r["loss"] for r in records[:10]])  # with the ramp
+    full = [r["backbone"] + 0.3 * np.array([1, 0.8]) @ r["losses"] for r in records]  # with the heads' last weight
+    assert np.mean(full[-10:]) < 0.7 * np.mean(full[:10])
+    jax.tree.map(np.testing.assert_array_equal, model.params, before)
+
+    merged = export(tmp_path / "out", model, fitted, {"target": "tiny"})
+    loaded = sj.load_model(tmp_path / "out" / "backbone", dtype=jnp.bfloat16)
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, merged)
+    stored = sj.load_heads(tmp_path / "out" / "heads.safetensors", model.config, dtype=jnp.float32)
+    adapted = dataclasses.replace(model, params=merge(model.params, fitted.lora))
+    tokens = jnp.asarray(language(1, 2)[0].answer)
+    added = forward(model.params, model.config, tokens, adapters=adapters(fitted.lora, None)).features
+    plain = forward(adapted.params, model.config, tokens).features
+    np.testing.assert_allclose(plain, added, rtol=1e-5, atol=1e-5 * float(jnp.abs(added).max()))
+    tree = sj.Tree.chain(2)
+    out, old = (
+        sj.generate(adapted, [3], drafter=sj.MedusaDrafter(h, tree), max_new_tokens=40, eos_token_ids=())
+        for h in (stored, heads)
+    )
+    assert out.tokens_per_round > old.tokens_per_round + 0.3
+
+
+def test_refusals(model, tmp_path):
+    for bad in ({"batch_size": 0}, {"head_weight": 0.0}, {"backbone_loss": "l2"}):
+        with pytest.raises(sj.ConfigError, match="expected"):
+            JointConfig(**bad)
+    heads = noisy_heads(model, 2)
+    on = MeshConfig(1, 1).build()
+
+    def fit(heads, data):
+        fit_joint(model.config, model.params, heads, data, language(9, 1), MEDUSA1, tmp_path, on=on)
+
+    with pytest.raises(sj.DataError, match="do not fill two batches of 4 x 24"):
+        fit(heads, language(2, 0))
+    with pytest.raises(sj.DataError, match="conversation 0 has token ids from 3 to 61, the target's vocabulary is 61"):
+        fit(heads, [Conversation(np.array([3]), np.array([5, 61]))])
+    other = init_heads(sj.MedusaConfig(2, 16, 40), tiny_model(vocab=40).params)
+    with pytest.raises(sj.ConfigError, match="vocabulary 40, the target has 16 and 61"):
+        fit(other, language(60, 0))
