@@ -81,11 +81,3 @@ def test_distinct_drops_repeats_and_leaks():
 def test_no_shards():
     with pytest.raises(sj.DataError, match="no data shards"):
         read_shards([])
-
-
-def test_seed_prompts_are_reproducible_and_varied():
-    prompts = seed_prompts(200, 5)
-    assert prompts == seed_prompts(200, 5)
-    assert prompts != seed_prompts(200, 6)
-    assert len(set(prompts)) > 150
-    assert not any("{" in p for p in prompts)
