@@ -124,6 +124,8 @@ class Tokenizer:
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
+            if i == 0:
+                raise PromptError("the conversation begins with the assistant; put what it answers before it.")
             before = self.render_chat(messages[:i])
             after = self.render_chat(messages[: i + 1], add_generation_prompt=False)
             if not (after.startswith(before) and text.startswith(after)):
