@@ -169,14 +169,15 @@ def with_features(model: Model, data: Sequence[Conversation], *, budget_gb: floa
 
 @functools.partial(jax.jit, static_argnames="config")
 def _features(params: Params, config: ModelConfig, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
-    chunk = min(_CHUNK, tokens.shape[1])
-
     def one(tokens: Int[Array, "S"]) -> Float[Array, "S D"]:
+        if len(tokens) <= _CHUNK:
+            return forward(params, config, tokens).features.astype(ml_dtypes.bfloat16)
+
         def step(cache: kv.KVCache, tokens: Int[Array, "T"]) -> tuple[kv.KVCache, Float[Array, "T D"]]:
             out = forward(params, config, tokens, cache=cache)
-            return kv.write(cache, out.rows, jnp.int32(chunk)), out.features.astype(ml_dtypes.bfloat16)
+            return kv.write(cache, out.rows, _CHUNK), out.features.astype(ml_dtypes.bfloat16)
 
-        _, features = jax.lax.scan(step, kv.zeros(config, len(tokens)), tokens.reshape(-1, chunk))
+        _, features = jax.lax.scan(step, kv.zeros(config, len(tokens)), tokens.reshape(-1, _CHUNK))
         return features.reshape(len(tokens), -1)
 
     return jax.vmap(one)(tokens)
