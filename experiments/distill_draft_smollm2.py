@@ -3,8 +3,8 @@
 specjax run experiments/distill_draft_smollm2.py --output-dir results/distill_draft_smollm2
 """
 
+from specjax.training.distillation import Distillation
 from specjax.training.draft import DistilConfig
-from specjax.training.fit import Distillation
 from specjax.training.fit_draft import FitDraft
 
 
@@ -13,6 +13,6 @@ def get_config() -> FitDraft:
         name="distill_draft_smollm2",
         model="smollm2-135m-instruct",
         reduced_vocab_size=8192,
-        data=Distillation(shards=90, held_out_shards=2),
+        data=Distillation(shards=90),
         training=DistilConfig(epochs=3),
     )

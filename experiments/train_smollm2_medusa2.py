@@ -14,7 +14,7 @@ On several hosts, each runs the same command with its own number, on directories
 Record: not run to its end yet. A full pass needs an accelerator or about a day of two CPU cores.
 """
 
-from specjax.training.fit import Distillation
+from specjax.training.distillation import Distillation
 from specjax.training.fit_joint import FitJoint
 from specjax.training.joint import JointConfig
 from specjax.training.lora import LoraConfig
@@ -24,6 +24,6 @@ def get_config() -> FitJoint:
     return FitJoint(
         name="train_smollm2_medusa2",
         model="smollm2-135m-instruct",
-        data=Distillation(shards=90, held_out_shards=2),
+        data=Distillation(shards=90),
         training=JointConfig(epochs=2, batch_size=8, length=512, lora=LoraConfig(rank=32, alpha=16.0, dropout=0.05)),
     )

@@ -18,6 +18,7 @@ from specjax import params
 from specjax.heads import init_heads
 from specjax.loading.heads import save_heads
 from specjax.loading.hf import save_hf
+from specjax.loading.tokenizer import Tokenizer
 from specjax.proposal import Proposal
 
 # Tests compile many programs and run most of them briefly. XLA reads this when it first compiles; the products of the
@@ -74,19 +75,25 @@ TEMPLATE = (
 HITS = [[0.5, 0.2, 0.1, 0.05], [0.3, 0.2, 0.1, 0.1]]
 
 
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory):
-    """A directory with a tiny Llama, a byte-level tokenizer with a chat template, and heads beside it."""
-    directory = tmp_path_factory.mktemp("model")
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={}, merges=[], byte_fallback=False))
+def byte_tokenizer(template: str, special: tuple[str, ...] = (), eos: str | None = None) -> Tokenizer:
+    """A token for every byte and for each of `special`, whose ids follow."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(list(special))
+    stops = () if eos is None else (backend.token_to_id(eos),)
+    return Tokenizer(backend, chat_template=template, eos_token_ids=stops)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """A directory with a tiny Llama, a byte-level tokenizer with a chat template, and heads beside it."""
+    directory = tmp_path_factory.mktemp("model")
     config = tiny_config(vocab=256, max_positions=2048)
     weights = params.init(jax.random.key(0), config, stddev=0.5)
     save_hf(directory, weights, config)
-    backend.save(str(directory / "tokenizer.json"))
+    byte_tokenizer(TEMPLATE).backend.save(str(directory / "tokenizer.json"))
     (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
     heads = init_heads(sj.MedusaConfig(2, 16, 256, projection="shared"), weights)
     save_heads(directory / "heads" / "heads.safetensors", heads, {"hits": HITS})

@@ -6,7 +6,6 @@ A table holds all that greedy acceptance of any tree depends on, so that trees a
 """
 
 import functools
-import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from specjax.config import ModelConfig
 from specjax.errors import DataError
+from specjax.fingerprint import fingerprint
 from specjax.heads import Heads, draft_projection, project
 from specjax.loading.load import Model
 from specjax.model import forward, unembed
@@ -219,17 +219,6 @@ class RankTable:
             int(header["cap"]),
             header["manifest"],
         ).check()
-
-
-def fingerprint(tree: Any) -> str:
-    """The first 16 hex digits of a SHA-256 over a pytree's structure, shapes and bytes."""
-    leaves, structure = jax.tree.flatten(tree)
-    digest = hashlib.sha256(str(structure).encode())
-    for leaf in leaves:
-        array = np.ascontiguousarray(np.asarray(leaf))
-        digest.update(str((array.shape, array.dtype.name)).encode())
-        digest.update(array.view(np.uint8).data)
-    return digest.hexdigest()[:16]
 
 
 def measure(

@@ -1,16 +1,14 @@
-"""Text to measure on: the target's own greedy answers to prompts, or the shards of a distillation."""
+"""Text to measure on: the target's own greedy answers to prompts, or conversations to train on."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
-
-import numpy as np
 
 from specjax.analysis.ranks import Text
 from specjax.decode import generate_batch
 from specjax.errors import DataError
 from specjax.loading.load import Model
 from specjax.prompts import Prompt
-from specjax.training.distill import read_prompts, read_shards
+from specjax.training.corpus import turns
+from specjax.training.data import Conversation
 
 
 def greedy_answers(
@@ -39,12 +37,7 @@ def greedy_answers(
     return [texts[i] for i in range(len(ids))]
 
 
-def shard_texts(paths: Sequence[Path], category: str = "distilled") -> list[Text]:
-    """The conversations of distillation shards.
-
-    Raises:
-      DataError: no shards, or shards without prompts.
-    """
-    answers = read_shards(paths)
-    parts = np.split(answers.tokens, np.cumsum(answers.lengths)[:-1])
-    return [Text(prompt, part, category) for prompt, part in zip(read_prompts(paths), parts, strict=True)]
+def conversation_texts(conversations: Sequence[Conversation], category: str = "distilled") -> list[Text]:
+    """Every assistant turn of at least two tokens, after all that stands before it."""
+    parts = [(before, tokens) for item in conversations for before, tokens, _ in turns(item)]
+    return [Text(before, tokens, category) for before, tokens in parts if len(tokens) > 1]

@@ -3,13 +3,17 @@
 Made from a Hugging Face directory (`tokenizer.json`) or rebuilt from GGUF metadata.
 """
 
+import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
 import jinja2.sandbox
 import tokenizers
 from gguf import TokenType
@@ -65,13 +69,19 @@ class Tokenizer:
         Raises:
           PromptError: no messages, no chat template, or messages that the template refuses.
         """
+        return _without_marks(self._marked(messages, add_generation_prompt))[0]
+
+    def _marked(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
+        """`render_chat`'s text, with marks around what the template's `{% generation %}` blocks write."""
         if self.chat_template is None:
             raise PromptError("this model has no chat template; encode a plain text prompt instead.")
         if not messages:
             raise PromptError("messages is empty; expected at least one {'role': ..., 'content': ...}.")
+        for i, message in enumerate(messages):
+            if any(mark in str(message.get("content")) for mark in (_OPEN, _CLOSE)):
+                raise PromptError(f"message {i} holds a Unicode noncharacter (U+FDD0 or U+FDD1); remove it.")
         try:
-            template = _environment().from_string(self.chat_template)
-            return template.render(
+            return _template(self.chat_template).render(
                 messages=[dict(m) for m in messages],
                 add_generation_prompt=add_generation_prompt,
                 **self.special_tokens,
@@ -85,6 +95,47 @@ class Tokenizer:
         """The ids of `render_chat(...)`. The template writes its own BOS; none is added. Raises as `render_chat`."""
         text = self.render_chat(messages, add_generation_prompt=add_generation_prompt)
         return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[list[int], list[bool]]:
+        """A whole conversation's ids, and for each whether the assistant says it: the loss mask.
+
+        The template's own `{% generation %}` blocks decide, where it has them. Otherwise an assistant turn is what the
+        template adds to the rendering that ends with the opening of the answer, up to and including the EOS.
+
+        Raises:
+          PromptError: as `render_chat`; a conversation that begins with the assistant; or a template without such
+            blocks whose text changes when turns are added, so that no turn can be told apart.
+        """
+        text, spans = _without_marks(self._marked(messages, False))
+        own = bool(spans)
+        if not own:
+            spans = self._turns(messages, text)
+        encoding = self.backend.encode(text, add_special_tokens=False)
+        said = [False] * len(encoding.ids)
+        for begin, end in spans:
+            inside = [i for i, (a, b) in enumerate(encoding.offsets) if a < end and b > begin and a < b]
+            stops = [i for i in inside if encoding.ids[i] in self.eos_token_ids]
+            for i in inside:  # the model never says the line break that templates put after the EOS
+                said[i] = own or not stops or i <= stops[-1]
+        return encoding.ids, said
+
+    def _turns(self, messages: Sequence[Mapping[str, str]], text: str) -> list[tuple[int, int]]:
+        spans = []
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            if i == 0:
+                raise PromptError("the conversation begins with the assistant; put what it answers before it.")
+            before = self.render_chat(messages[:i])
+            after = self.render_chat(messages[: i + 1], add_generation_prompt=False)
+            if not (after.startswith(before) and text.startswith(after)):
+                raise PromptError(
+                    f"the chat template writes the conversation differently once message {i} is added, so that the "
+                    "assistant's words cannot be told apart; put {% generation %} ... {% endgeneration %} around them "
+                    "in the template."
+                )
+            spans.append((len(before), len(after)))
+        return spans
 
     @classmethod
     def from_hf(cls, directory: Path, eos_token_ids: Sequence[int]) -> "Tokenizer | None":
@@ -219,6 +270,39 @@ def _sentencepiece(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
     return backend
 
 
+_OPEN, _CLOSE = "\ufdd0", "\ufdd1"  # noncharacters, which Unicode keeps for such internal use
+
+
+class _GenerationBlocks(jinja2.ext.Extension):
+    """`{% generation %}`: what the template writes inside is the assistant's."""
+
+    tags: ClassVar[set[str]] = {"generation"}  # type: ignore[misc]
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
+
+    def _mark(self, caller: Callable[[], str]) -> str:
+        return f"{_OPEN}{caller()}{_CLOSE}"
+
+
+def _without_marks(marked: str) -> tuple[str, list[tuple[int, int]]]:
+    """The text, and where in it the marked spans are."""
+    text, spans = "", []
+    for part in marked.split(_OPEN):
+        inside, closed, outside = part.partition(_CLOSE)
+        if closed:
+            spans.append((len(text), len(text) + len(inside)))
+        text += inside + outside
+    return text, spans
+
+
+@functools.lru_cache(maxsize=8)
+def _template(source: str) -> jinja2.Template:
+    return _environment().from_string(source)
+
+
 def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
     """transformers' dialect of jinja2; templates come with the checkpoint, so they run in the sandbox."""
 
@@ -229,7 +313,7 @@ def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
         return json.dumps(value, ensure_ascii=ensure_ascii, **options)  # jinja2's own filter escapes HTML
 
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationBlocks]
     )
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception

@@ -13,7 +13,7 @@ import grain
 import jax
 import numpy as np
 from grain.experimental import FirstFitPackIterDataset
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from specjax.errors import ConfigError, DataError
 
@@ -23,11 +23,16 @@ _BINS = 32  # rows that are filled side by side: more waste less, and hold back 
 
 @dataclass(frozen=True)
 class Conversation:
-    """A prompt [p] with its answer [a]; `features` [a D], where there are any, predicted the answer's tokens."""
+    """A prompt [p] with its answer [a]; `features` [a D], where there are any, predicted the answer's tokens.
+
+    In a conversation of several turns the answer runs from the first assistant turn to the end of the last, and `mask`
+    [a] says which of its tokens are the assistant's; None: all.
+    """
 
     prompt: Int[np.ndarray, "p"]
     answer: Int[np.ndarray, "a"]
     features: Float[np.ndarray, "a D"] | None = None
+    mask: Bool[np.ndarray, "a"] | None = None
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.answer)
@@ -91,9 +96,10 @@ def packed(
 
 
 def _row(item: Conversation, length: int) -> dict[str, np.ndarray]:
+    said = np.ones(len(item.answer), bool) if item.mask is None else item.mask
     row: dict[str, np.ndarray] = {
         "tokens": np.concatenate([item.prompt, item.answer])[:length].astype(np.int32),
-        "answer": (np.arange(len(item)) >= len(item.prompt))[:length],
+        "answer": np.concatenate([np.zeros(len(item.prompt), bool), said])[:length],
     }
     if item.features is not None:
         before = np.zeros((len(item.prompt), item.features.shape[1]), item.features.dtype)

@@ -1,24 +1,21 @@
-"""Self-distillation data: the target answers prompts in batches, and its features are kept as it goes.
+"""Self-distillation: the target answers prompts in batches, and its features are kept as it goes.
 
 A batch is one `vmap` of the decoding round. The features that the heads will read are those the decoding computes
-anyway, so that no second pass over the text is needed. Shards are written atomically and depend on their number alone:
-a killed run goes on where it stopped.
+anyway, so that no second pass over the text is needed.
 """
 
-import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from specjax import decode
-from specjax.acceptance import Acceptance, Greedy, Sample
+from specjax.acceptance import Acceptance, Sample
 from specjax.config import ModelConfig
 from specjax.drafters.base import NoDrafter
 from specjax.errors import DataError
@@ -43,152 +40,182 @@ class Answers:
     lengths: Int[np.ndarray, "c"]
 
 
-_Carry = tuple[decode.State, Float[Array, "n B D"], Int[Array, ""]]
+class _Carry(NamedTuple):
+    state: decode.State  # of B members
+    begin: Int[Array, "B"]  # prompt lengths
+    features: Float[Array, "n B D"]  # features[j] predicted the answers' token j
+    step: Int[Array, ""]  # features kept so far, the same for all members
+
+    @property
+    def alive(self) -> Bool[Array, "B"]:
+        """Members with tokens whose features are still to be kept: one round longer than they are decoded."""
+        return self.state.length - self.begin > self.step
 
 
 @functools.partial(jax.jit, static_argnames=("config", "acceptance", "max_new"))
-def _answer(
+def _begin(
     params: Params,
     config: ModelConfig,
     acceptance: Acceptance,
     max_new: int,
     tokens: Int[Array, "B S"],
-    lengths: Int[Array, "B"],
+    begin: Int[Array, "B"],
+    limits: Int[Array, "B"],
     keys: jax.Array,
-) -> tuple[Int[Array, "B S"], Int[Array, "B"], Float[Array, "n B D"]]:
+) -> _Carry:
     plan = (params, config, NoDrafter(), acceptance, config.eos_token_ids)
-    state = jax.vmap(functools.partial(decode.start, *plan))(tokens, lengths, lengths + max_new, keys)
-    step = jax.vmap(functools.partial(decode.round_, *plan))
-    features = jnp.zeros((max_new, *state.features.shape), jnp.bfloat16)
+    state = jax.vmap(functools.partial(decode.start, *plan))(tokens, begin, limits, keys)
+    return _Carry(state, begin, jnp.zeros((max_new, *state.features.shape), jnp.bfloat16), jnp.int32(0))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "acceptance", "enough"), donate_argnames="carry")
+def _segment(params: Params, config: ModelConfig, acceptance: Acceptance, enough: int, carry: _Carry) -> _Carry:
+    """Decodes until at most `enough` members are alive."""
+    plan = (params, config, NoDrafter(), acceptance, config.eos_token_ids)
+    round_ = jax.vmap(functools.partial(decode.round_, *plan))
 
     def body(carry: _Carry) -> _Carry:
-        state, features, i = carry
-        newest = state.features.astype(jnp.bfloat16)
-        return step(state), jax.lax.dynamic_update_index_in_dim(features, newest, i, 0), i + 1
+        newest = carry.state.features.astype(jnp.bfloat16)
+        features = jax.lax.dynamic_update_index_in_dim(carry.features, newest, carry.step, 0)
+        return _Carry(round_(carry.state), carry.begin, features, carry.step + 1)
 
-    # One condition for the whole batch: with one per member, vmap would copy every cache at every step. The loop goes
-    # one round past the last member's end, so that the feature of its last token is kept too.
-    def running(carry: _Carry) -> Bool[Array, ""]:
-        state, _, i = carry
-        return (i < max_new) & jnp.any(state.length - lengths > i)
+    # One condition for the whole batch: with one per member, vmap would copy every cache at every step.
+    return jax.lax.while_loop(lambda carry: jnp.sum(carry.alive) > enough, body, carry)
 
-    state, features, _ = jax.lax.while_loop(running, body, (state, features, jnp.int32(0)))
-    return state.tokens, state.length - lengths, features
+
+@jax.jit
+def _pick(carry: _Carry, members: Int[Array, "b"]) -> _Carry:
+    state, begin = jax.tree.map(lambda leaf: leaf[members], (carry.state, carry.begin))
+    return _Carry(state, begin, carry.features[:, members], carry.step)
 
 
 def answer(
-    model: Model, prompts: Sequence[Sequence[int]], *, acceptance: Acceptance, max_new_tokens: int, key: jax.Array
+    model: Model,
+    prompts: Sequence[Sequence[int] | np.ndarray],
+    *,
+    acceptance: Acceptance,
+    max_new_tokens: int,
+    key: jax.Array,
+    batch_size: int | None = None,
+    smallest: int = 32,
 ) -> Answers:
-    """Answers a batch of prompts, each exactly as `generate` would, and keeps the features.
+    """Answers prompts, each exactly as `generate` would with its own of `split(key, len(prompts))`; keeps the features.
+
+    Whenever half of a batch has ended, the others go on in a batch of half the size, so that one long answer does not
+    keep many finished ones waiting.
 
     Args:
-      prompts: token ids; all are padded to the longest, so batch prompts of like length together.
+      prompts: token ids.
+      batch_size: how many are decoded together, prompts of like length side by side; None: all, padded to the longest.
+      smallest: batches are not halved below this; every size compiles once.
 
     Raises:
-      DataError: no prompts.
+      DataError: no prompts, an empty one, or one that leaves no room in the model's context.
     """
     if len(prompts) == 0:
         raise DataError("there are no prompts to answer; pass at least one.")
-    longest = max(map(len, prompts))
-    chunk = PREFILL_CHUNK
-    tokens = np.zeros((len(prompts), -(-(longest + max_new_tokens) // chunk) * chunk), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    begin = np.array([len(p) for p in prompts], np.int32)
-    out, counts, features = _answer(
-        model.params,
-        model.config,
-        acceptance,
-        max_new_tokens,
-        jnp.asarray(tokens),
-        jnp.asarray(begin),
-        jax.random.split(key, len(prompts)),
-    )
-    out, counts, features = np.asarray(out), np.asarray(counts), np.asarray(features)
+    room = model.config.max_positions - max_new_tokens
+    for i, prompt in enumerate(prompts):
+        if not 0 < len(prompt) <= room:
+            raise DataError(
+                f"prompt {i} has {len(prompt)} tokens; with answers of up to {max_new_tokens} the model's context of "
+                f"{model.config.max_positions} takes 1 to {room}. Shorten it or lower max_new_tokens."
+            )
+    keys = jax.random.split(key, len(prompts))
+    parts: list[tuple[np.ndarray, np.ndarray] | None] = [None] * len(prompts)
+    for members, size, width in _grouped(list(map(len, prompts)), batch_size, smallest):
+        tokens = np.zeros((size, decode.capacity_for(width, max_new_tokens, 0)), np.int32)
+        begin = np.ones(size, np.int32)
+        limits = np.full(size, 2, np.int32)  # of rows that fill up the batch: a prompt and an answer of one token
+        for row, member in enumerate(members):
+            begin[row] = len(prompts[member])
+            tokens[row, : begin[row]] = prompts[member]
+            limits[row] = begin[row] + max_new_tokens
+        fill = np.resize(members, size)
+        arrays = (jnp.asarray(tokens), jnp.asarray(begin), jnp.asarray(limits), keys[fill])
+        carry = _begin(model.params, model.config, acceptance, max_new_tokens, *arrays)
+        for row, part in _decoded(model, acceptance, carry, smallest):
+            if row < len(members):
+                parts[members[row]] = part
+    done = [part for part in parts if part is not None]
     return Answers(
-        np.concatenate([row[b : b + n] for row, b, n in zip(out, begin, counts, strict=True)]),
-        np.concatenate([features[:n, i] for i, n in enumerate(counts)]),
-        counts,
+        np.concatenate([tokens for tokens, _ in done]),
+        np.concatenate([features for _, features in done]),
+        np.array([len(tokens) for tokens, _ in done], np.int32),
     )
 
 
-def user_turns(model: Model, count: int, *, key: jax.Array, max_tokens: int = 48) -> list[str]:
-    """User messages that the model writes itself: its template's user turn, left open and sampled (T 1, top-k 50)."""
-    tokenizer, marker = _tokenizer(model), "\x00"
+def _grouped(lengths: list[int], batch_size: int | None, smallest: int) -> Iterator[tuple[list[int], int, int]]:
+    """Batches: (which prompts, rows, prompt width). Widths and rows are of few kinds, so that few shapes compile."""
+    if batch_size is None:
+        yield list(range(len(lengths))), len(lengths), max(lengths)
+        return
+    classes: dict[int, list[int]] = {}
+    for i, length in enumerate(lengths):
+        width = 2 * PREFILL_CHUNK
+        while width < length:
+            width *= 3
+        classes.setdefault(width, []).append(i)
+    for width, members in sorted(classes.items()):
+        for at in range(0, len(members), batch_size):
+            chosen, size = members[at : at + batch_size], batch_size
+            while size // 2 >= max(len(chosen), min(smallest, batch_size)):
+                size //= 2
+            yield chosen, size, width
+
+
+def _decoded(
+    model: Model, acceptance: Acceptance, carry: _Carry, smallest: int
+) -> Iterator[tuple[int, tuple[np.ndarray, np.ndarray]]]:
+    """(row, its tokens and features) as the rows of the batch end."""
+    rows = np.arange(len(carry.begin))
+    while len(rows):
+        size = len(rows)
+        half = size // 2 if size // 2 >= smallest else 0
+        carry = _segment(model.params, model.config, acceptance, half, carry)
+        alive = np.asarray(carry.alive)
+        tokens, begin, end = jax.device_get((carry.state.tokens, carry.begin, carry.state.length))
+        ended = np.flatnonzero(~alive & (rows >= 0))
+        features = np.asarray(carry.features) if len(ended) else np.zeros(0)
+        for i in ended:
+            count = int(end[i] - begin[i])
+            yield int(rows[i]), (tokens[i, begin[i] : end[i]], features[:count, i].copy())
+        if not alive.any():
+            return
+        while half // 2 >= max(smallest, alive.sum()):
+            half //= 2
+        members = np.concatenate([np.flatnonzero(alive), np.flatnonzero(~alive)])[:half]  # ended ones fill it up
+        rows = np.where(alive[members], rows[members], -1)
+        carry = _pick(carry, jnp.asarray(members))
+
+
+def user_turns(
+    model: Model, count: int, *, key: jax.Array, max_tokens: int = 48, batch_size: int | None = None
+) -> list[str]:
+    """User messages that the model writes itself: its template's user turn, left open and sampled (T 1, top-k 50).
+
+    `count` are begun; those that it does not end within `max_tokens` tokens are left out.
+
+    Raises:
+      DataError: a model without a tokenizer.
+      PromptError: a tokenizer without a chat template.
+    """
+    tokenizer, marker = chat_tokenizer(model), "\x00"
     text = tokenizer.render_chat([{"role": "user", "content": marker}], add_generation_prompt=False)
     prefix = tokenizer.backend.encode(text[: text.index(marker)], add_special_tokens=False).ids
-    sampled = answer(model, [prefix] * count, acceptance=Sample(1.0, top_k=50), max_new_tokens=max_tokens, key=key)
+    sampled = answer(
+        model,
+        [prefix] * count,
+        acceptance=Sample(1.0, top_k=50),
+        max_new_tokens=max_tokens,
+        key=key,
+        batch_size=batch_size,
+    )
     ends = np.cumsum(sampled.lengths)
     pieces = np.split(sampled.tokens, ends[:-1])
     stops = set(model.config.eos_token_ids)
     # A turn cut off by the budget is no message: only finished ones are kept.
     return [tokenizer.decode(p[:-1].tolist()).strip() for p in pieces if len(p) > 3 and int(p[-1]) in stops]
-
-
-def write_shards(
-    model: Model,
-    directory: Path,
-    shards: int,
-    prompts_for: Callable[[int], list[str]],
-    *,
-    max_new_tokens: int,
-    progress: Callable[[int, int], None] = lambda shard, tokens: None,
-) -> None:
-    """Writes `shard_NNNNN.npz` files of greedy answers; existing shards are kept, so that a killed run resumes.
-
-    Args:
-      prompts_for: shard number -> user messages; must depend on nothing else.
-      progress: called with (shard, its tokens) after each one.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    for shard in range(shards):
-        path = directory / f"shard_{shard:05d}.npz"
-        if path.exists():
-            continue
-        chats = [_tokenizer(model).apply_chat_template([{"role": "user", "content": m}]) for m in prompts_for(shard)]
-        made = answer(model, chats, acceptance=Greedy(), max_new_tokens=max_new_tokens, key=jax.random.key(0))
-        partial = path.with_suffix(".tmp.npz")
-        np.savez(
-            partial,
-            tokens=made.tokens,
-            features=made.features.view(np.uint16),
-            lengths=made.lengths,
-            prompts=np.concatenate([np.asarray(chat, np.int32) for chat in chats]),
-            prompt_lengths=np.array([len(chat) for chat in chats], np.int32),
-        )
-        partial.replace(path)
-        progress(shard, len(made.tokens))
-
-
-def read_shards(paths: Sequence[Path]) -> Answers:
-    """Reads shards back, end to end.
-
-    Raises:
-      DataError: no shards.
-    """
-    if not paths:
-        raise DataError("there are no data shards; run the distillation first.")
-    loaded = []
-    for path in paths:
-        with np.load(path) as file:
-            loaded.append(Answers(file["tokens"], file["features"].view(ml_dtypes.bfloat16), file["lengths"]))
-    fields = [field.name for field in dataclasses.fields(Answers)]
-    return Answers(**{name: np.concatenate([getattr(part, name) for part in loaded]) for name in fields})
-
-
-def read_prompts(paths: Sequence[Path]) -> list[Int[np.ndarray, "p"]]:
-    """The prompt of every conversation of `read_shards`, chat template included.
-
-    Raises:
-      DataError: a shard without prompts (written by an early version).
-    """
-    prompts: list[np.ndarray] = []
-    for path in paths:
-        with np.load(path) as file:
-            if "prompts" not in file:
-                raise DataError(f"{path} holds answers without their prompts; distil it again.")
-            prompts += np.split(file["prompts"], np.cumsum(file["prompt_lengths"])[:-1])
-    return prompts
 
 
 def distinct(answers: Answers, *, without: Answers | None = None) -> Answers:
@@ -206,7 +233,12 @@ def _conversations(answers: Answers) -> list[np.ndarray]:
     return np.split(answers.tokens, np.cumsum(answers.lengths)[:-1])
 
 
-def _tokenizer(model: Model) -> Tokenizer:
+def chat_tokenizer(model: Model) -> Tokenizer:
+    """The model's tokenizer.
+
+    Raises:
+      DataError: there is none.
+    """
     if model.tokenizer is None:
-        raise DataError(f"{model.config.name or 'the model'} has no tokenizer; distillation needs its chat template.")
+        raise DataError(f"{model.config.name or 'the model'} has no tokenizer; its chat template is needed.")
     return model.tokenizer

@@ -13,10 +13,8 @@ from rich.console import Console
 from specjax.bench import environment
 from specjax.config import ModelConfig
 from specjax.loading.load import load_model, save_draft
-from specjax.training.data import Conversation, conversations
-from specjax.training.distill import read_prompts, read_shards
+from specjax.training.distillation import Distillation, prepared
 from specjax.training.draft import DistilConfig, distil, reduced_map
-from specjax.training.fit import Distillation, distilled
 from specjax.training.trainer import frequent_tokens
 
 
@@ -38,12 +36,7 @@ class FitDraft:
     def run(self, output_dir: Path, console: Console) -> dict[str, Any]:
         """Writes the draft (bfloat16, a Hugging Face directory `draft`), log.jsonl and checkpoints to `output_dir`."""
         model = load_model(self.model, dtype=jnp.bfloat16)
-        paths = distilled(model, self.data, console)
-        text = _conversations(paths[self.data.held_out_shards :])
-        seen = {item.answer.tobytes() for item in text}
-        held_out = [
-            item for item in _conversations(paths[: self.data.held_out_shards]) if item.answer.tobytes() not in seen
-        ]
+        text, held_out = prepared(model, self.data, console)
         every = np.concatenate([part for item in text for part in (item.prompt, item.answer)])
         token_map = reduced_map(frequent_tokens(every, self.reduced_vocab_size - 1, model.config.vocab_size))
         rows = {int(token): row for row, token in enumerate(token_map)}
@@ -82,8 +75,3 @@ class FitDraft:
             "answer_tokens": sum(len(item.answer) for item in text),
             "record": log[-1]["eval"],
         }
-
-
-def _conversations(paths: list[Path]) -> list[Conversation]:
-    answers = read_shards(paths)
-    return conversations(read_prompts(paths), answers.tokens, answers.lengths, answers.features)

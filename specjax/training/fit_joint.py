@@ -18,9 +18,7 @@ from specjax.loading.hf import save_hf
 from specjax.loading.load import Model, load_model
 from specjax.loading.tokenizer import Tokenizer
 from specjax.params import Params
-from specjax.training.data import Conversation, conversations
-from specjax.training.distill import read_prompts, read_shards
-from specjax.training.fit import Distillation, distilled
+from specjax.training.distillation import Distillation, distilled, prepared
 from specjax.training.joint import JointConfig
 from specjax.training.joint_trainer import Fitted, fit_joint
 from specjax.training.lora import LoraConfig, merge
@@ -52,15 +50,10 @@ class FitJoint:
         self.hosts.join()
         mesh, first = self.mesh.build(), jax.process_index() == 0
         model = load_model(self.model, dtype=jnp.bfloat16)
-        if first:
+        if first and self.data.chats is None:
             distilled(model, self.data, console)
         multihost_utils.sync_global_devices("distilled")
-        paths = [Path(self.data.directory) / f"shard_{i:05d}.npz" for i in range(self.data.shards)]
-        text = _conversations(paths[self.data.held_out_shards :])
-        seen = {item.answer.tobytes() for item in text}
-        held_out = [
-            item for item in _conversations(paths[: self.data.held_out_shards]) if item.answer.tobytes() not in seen
-        ]
+        text, held_out = prepared(model, self.data, console, features=False)
         answers, vocab = np.concatenate([item.answer for item in text]), model.config.vocab_size
         size = self.reduced_vocab_size
         token_map = None if size is None else frequent_tokens(answers, size, vocab)
@@ -123,11 +116,3 @@ def _save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
     if tokenizer.chat_template is not None:
         settings["chat_template"] = tokenizer.chat_template
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
-
-
-def _conversations(paths: list[Path]) -> list[Conversation]:
-    answers = read_shards(paths)
-    first: dict[bytes, Conversation] = {}
-    for item in conversations(read_prompts(paths), answers.tokens, answers.lengths):
-        first.setdefault(item.answer.tobytes(), item)
-    return list(first.values())

@@ -11,8 +11,9 @@ from conftest import noisy_heads, tiny_model
 from rank_tables import table_of
 
 import specjax as sj
-from specjax.analysis.ranks import UNLABELLED, RankTable, Text, fingerprint, measure
+from specjax.analysis.ranks import UNLABELLED, RankTable, Text, measure
 from specjax.analysis.simulate import accepted_lengths, simulate, upper_bound
+from specjax.fingerprint import fingerprint
 from specjax.heads import init_heads, project
 from specjax.model import forward, unembed
 

@@ -1,0 +1,183 @@
+"""Conversations as training text: split without leaks, joined end to end, given features by one pass of the target."""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from specjax import cache as kv
+from specjax.config import ModelConfig
+from specjax.errors import ConfigError, DataError
+from specjax.loading.load import Model
+from specjax.model import forward
+from specjax.params import Params
+from specjax.training.data import Conversation
+from specjax.training.distill import Answers
+
+_CHUNK = 256  # tokens of a sequence in one forward pass
+_BATCH = 4096  # tokens in one pass over several sequences
+
+
+class Split(NamedTuple):
+    """Conversations to train on and to evaluate with; no prompt and no answer is in both."""
+
+    training: list[Conversation]
+    evaluation: list[Conversation]
+
+
+def split(data: Sequence[Conversation], share: float) -> Split:
+    """Splits by a hash of the prompt (all before the first answer), which neither order nor company changes.
+
+    Conversations with the same answer are kept once, and one with an assistant turn that is trained on anywhere is not
+    evaluated on.
+
+    Args:
+      share: about this part of the prompts goes to the evaluation.
+
+    Raises:
+      ConfigError: a share outside (0, 1).
+      DataError: too few conversations for both sides.
+    """
+    if not 0 < share < 1:
+        raise ConfigError(f"the evaluation share is {share}; expected more than 0 and less than 1.")
+    held = [int.from_bytes(_digest(item.prompt)[:8], "big") < share * 2**64 for item in data]
+    training = _distinct([item for item, out in zip(data, held, strict=True) if not out])
+    seen = set().union(*map(_turn_digests, training))
+    apart = [item for item, out in zip(data, held, strict=True) if out and not seen & _turn_digests(item)]
+    evaluation = _distinct(apart)
+    if not training or not evaluation:
+        raise DataError(
+            f"of {len(data)} conversations {len(training)} are left to train on and {len(evaluation)} to evaluate "
+            f"with, at an evaluation share of {share}; both sides need some. Make more, or change the share."
+        )
+    return Split(training, evaluation)
+
+
+def _distinct(data: list[Conversation]) -> list[Conversation]:
+    # Of several with one answer the one with the smallest hash is kept, so that the order does not decide.
+    best: dict[bytes, bytes] = {}
+    keys = [(_digest(item.answer), _digest(item.prompt)) for item in data]
+    for answer, prompt in keys:
+        best[answer] = min(prompt, best.get(answer, prompt))
+    kept = []
+    for item, (answer, prompt) in zip(data, keys, strict=True):
+        if best.get(answer) == prompt:
+            del best[answer]
+            kept.append(item)
+    return kept
+
+
+def _turn_digests(item: Conversation) -> set[bytes]:
+    return {_digest(tokens) for _, tokens, _ in turns(item)}
+
+
+def _digest(tokens: Int[np.ndarray, "n"]) -> bytes:
+    return hashlib.sha256(np.asarray(tokens, "<i4").tobytes()).digest()
+
+
+def turns(conversation: Conversation) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
+    """(all before it, its tokens, their features) of every assistant turn."""
+    said = np.ones(len(conversation.answer), bool) if conversation.mask is None else conversation.mask
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], said, [False]])))
+    for begin, end in edges.reshape(-1, 2):
+        before = np.concatenate([conversation.prompt, conversation.answer[:begin]])
+        features = conversation.features
+        yield before, conversation.answer[begin:end], None if features is None else features[begin:end]
+
+
+def joined(data: Sequence[Conversation]) -> Answers:
+    """The assistant turns end to end, each for itself, so that no label crosses from one to the next.
+
+    Raises:
+      DataError: no conversations, or one without features.
+    """
+    parts = [(tokens, features) for item in data for _, tokens, features in turns(item)]
+    if not parts:
+        raise DataError("there are no conversations to train on.")
+    if any(features is None for _, features in parts):
+        raise DataError("a conversation has no features; let `with_features` compute them.")
+    return Answers(
+        np.concatenate([tokens for tokens, _ in parts]),
+        np.concatenate([features for _, features in parts if features is not None]),
+        np.array([len(tokens) for tokens, _ in parts], np.int32),
+    )
+
+
+def check_budget(tokens: int, config: ModelConfig, budget_gb: float) -> None:
+    """Refuses features that would take more room than they may.
+
+    Raises:
+      DataError: `tokens` features of the model's width in bfloat16 exceed the budget.
+    """
+    needed = tokens * config.hidden_size * 2 / 1e9
+    if needed > budget_gb:
+        raise DataError(
+            f"features for up to {tokens:,} tokens of width {config.hidden_size} take {needed:.2f} GB, the budget is "
+            f"{budget_gb:g} GB; use fewer or shorter conversations, raise feature_budget_gb, or keep no features "
+            "(data.features False) and let the trainer compute them on the fly."
+        )
+
+
+def with_features(model: Model, data: Sequence[Conversation], *, budget_gb: float = 8.0) -> list[Conversation]:
+    """The conversations with the features that predicted their answers' tokens, from one teacher-forced pass each.
+
+    Sequences of like length go through the target together, `_CHUNK` tokens at a time. Conversations that have features
+    keep them.
+
+    Args:
+      budget_gb: of all features together, in GB (1e9 bytes).
+
+    Raises:
+      DataError: features beyond the budget, an empty prompt or answer, or token ids outside the vocabulary.
+    """
+    check_budget(sum(len(item.answer) for item in data), model.config, budget_gb)
+    missing = [i for i, item in enumerate(data) if item.features is None]
+    classes: dict[int, list[int]] = {}
+    for i in missing:
+        item, vocab = data[i], model.config.vocab_size
+        if not len(item.prompt) or not len(item.answer):
+            raise DataError(
+                f"conversation {i} has a prompt of {len(item.prompt)} and an answer of {len(item.answer)} tokens."
+            )
+        top = max(item.prompt.max(), item.answer.max())
+        if top >= vocab or min(item.prompt.min(), item.answer.min()) < 0:
+            raise DataError(
+                f"conversation {i} has token id {top}, the model's vocabulary is {vocab}; it was made for another one."
+            )
+        classes.setdefault(max(64, 1 << (len(item) - 1).bit_length()), []).append(i)
+    found = list(data)
+    for width, members in sorted(classes.items()):
+        size = max(1, _BATCH // width)
+        for at in range(0, len(members), size):
+            chosen = members[at : at + size]
+            tokens = np.zeros((size, width), np.int32)
+            for row, i in zip(tokens, chosen, strict=False):
+                row[: len(data[i])] = np.concatenate([data[i].prompt, data[i].answer])
+            features = np.asarray(_features(model.params, model.config, jnp.asarray(tokens)))
+            for row, i in zip(features, chosen, strict=False):
+                begin = len(data[i].prompt) - 1
+                found[i] = dataclasses.replace(data[i], features=row[begin : begin + len(data[i].answer)].copy())
+    return found
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _features(params: Params, config: ModelConfig, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+    def one(tokens: Int[Array, "S"]) -> Float[Array, "S D"]:
+        if len(tokens) <= _CHUNK:
+            return forward(params, config, tokens).features.astype(ml_dtypes.bfloat16)
+
+        def step(cache: kv.KVCache, tokens: Int[Array, "T"]) -> tuple[kv.KVCache, Float[Array, "T D"]]:
+            out = forward(params, config, tokens, cache=cache)
+            return kv.write(cache, out.rows, _CHUNK), out.features.astype(ml_dtypes.bfloat16)
+
+        _, features = jax.lax.scan(step, kv.zeros(config, len(tokens)), tokens.reshape(-1, _CHUNK))
+        return features.reshape(len(tokens), -1)
+
+    return jax.vmap(one)(tokens)

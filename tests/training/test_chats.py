@@ -1,0 +1,152 @@
+"""Chats: both formats, the loss mask with and without generation blocks, malformed lines."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import TEMPLATE, byte_tokenizer
+
+import specjax as sj
+from specjax.training.chats import read_chats, read_conversations, read_prompts
+from specjax.training.corpus import joined, turns, with_features
+from specjax.training.data import Conversation, packed
+
+# ChatML, whose line break after the EOS the model never says; the same with blocks; one that rewrites earlier turns.
+CHATML = (
+    "{% for m in messages %}{{ '<|s|>' + m['role'] + '\n' + m['content'] + '<|e|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|s|>assistant\n' }}{% endif %}"
+)
+BLOCKS = (
+    "{% for m in messages %}{{ '<|s|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] + '<|e|>' }}{% endgeneration %}{% else %}{{ m['content'] + '<|e|>' }}{% endif %}"
+    "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|s|>assistant\n' }}{% endif %}"
+)
+REWRITING = (
+    "{% for m in messages %}{{ '<' + m['role'] + '>' }}"
+    "{{ m['content'] if loop.last else m['content'] | upper }}{{ '<|e|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+CHAT = [
+    {"role": "system", "content": "Be kind."},
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": "Hé, you"},
+    {"role": "user", "content": "more"},
+    {"role": "assistant", "content": "no"},
+    {"role": "user", "content": "bye"},
+]
+
+
+@pytest.mark.parametrize("template", [CHATML, BLOCKS])
+def test_the_mask_is_all_assistant_turns_with_their_end(template):
+    tokenizer = byte_tokenizer(template, ("<|s|>", "<|e|>"), eos="<|e|>")
+    ids, said = tokenizer.encode_chat(CHAT)
+    assert ids == tokenizer.apply_chat_template(CHAT, add_generation_prompt=False)
+    edges = np.flatnonzero(np.diff([0, *said, 0])).reshape(-1, 2)
+    spoken = [tokenizer.decode(ids[a:b], skip_special_tokens=False) for a, b in edges]
+    assert spoken == ["Hé, you<|e|>", "no<|e|>"]
+    # What stands before a turn is what the model is given to answer.
+    assert ids[: edges[1][0]] == tokenizer.apply_chat_template(CHAT[:4])
+
+
+def test_blocks_leave_no_trace_in_the_text():
+    plain, blocks = (byte_tokenizer(t, ("<|s|>", "<|e|>"), eos="<|e|>") for t in (CHATML, BLOCKS))
+    assert plain.render_chat(CHAT) == blocks.render_chat(CHAT)
+    with pytest.raises(sj.PromptError, match="message 0 holds a Unicode noncharacter"):
+        blocks.render_chat([{"role": "user", "content": "\ufdd0"}])
+
+
+def test_without_an_eos_the_whole_turn_counts():
+    tokenizer = byte_tokenizer(TEMPLATE.replace("<a>", "<assistant>"))
+    ids, said = tokenizer.encode_chat(CHAT[1:3])
+    assert tokenizer.decode([i for i, inside in zip(ids, said, strict=True) if inside]) == "Hé, you"
+
+
+def test_smollm2(smollm2):
+    ids, said = smollm2.tokenizer.encode_chat(CHAT[1:])
+    assert smollm2.tokenizer.decode([i for i, s in zip(ids, said, strict=True) if s], skip_special_tokens=False) == (
+        "Hé, you<|im_end|>no<|im_end|>"
+    )
+
+
+def test_a_template_that_rewrites_is_refused(tmp_path):
+    (tmp_path / "c.jsonl").write_text(json.dumps({"messages": CHAT}))
+    tokenizer = byte_tokenizer(REWRITING, ("<|e|>",), eos="<|e|>")
+    with pytest.raises(sj.DataError, match=r"c\.jsonl:1: .*differently once message 2 is added.*generation"):
+        read_conversations(tmp_path / "c.jsonl", tokenizer, max_tokens=100)
+
+
+def sharegpt(messages):
+    names = {"system": "system", "user": "human", "assistant": "gpt"}
+    return {"conversations": [{"from": names[m["role"]], "value": m["content"]} for m in messages]}
+
+
+def test_both_formats_give_the_same_conversations(tmp_path):
+    file = tmp_path / "c.jsonl"
+    file.write_text(json.dumps({"messages": CHAT}) + "\n\n" + json.dumps(sharegpt(CHAT)) + "\n", "utf-8")
+    assert read_chats(file) == [(f"{file}:1", CHAT), (f"{file}:3", CHAT)]
+    tokenizer = byte_tokenizer(CHATML, ("<|s|>", "<|e|>"), eos="<|e|>")
+    one, two = read_conversations(file, tokenizer, max_tokens=500)
+    np.testing.assert_array_equal(one.answer, two.answer)
+    text = tokenizer.decode(one.answer, skip_special_tokens=False)
+    assert text == "Hé, you<|e|>\n<|s|>user\nmore<|e|>\n<|s|>assistant\nno<|e|>"  # to the last assistant turn's end
+    said = one.answer[one.mask]
+    assert tokenizer.decode(said, skip_special_tokens=False) == "Hé, you<|e|>no<|e|>"
+    (cut, _) = read_conversations(file, tokenizer, max_tokens=len(one.prompt) + 3)
+    assert tokenizer.decode(cut.answer) == "Hé"
+    with pytest.raises(sj.DataError, match=r"no chat in .* has an answer within its first 5 tokens"):
+        read_conversations(file, tokenizer, max_tokens=5)
+
+
+def test_turns_train_apart_and_rows_mark_them(model):
+    item = Conversation(np.array([1, 2]), np.arange(3, 10), mask=np.array([1, 1, 0, 0, 1, 1, 1], bool))
+    (item,) = with_features(model, [item])
+    parts = [(before.tolist(), tokens.tolist()) for before, tokens, _ in turns(item)]
+    assert parts == [([1, 2], [3, 4]), ([1, 2, 3, 4, 5, 6], [7, 8, 9])]
+    made = joined([item])
+    assert made.tokens.tolist() == [3, 4, 7, 8, 9]
+    assert made.lengths.tolist() == [2, 3]
+    np.testing.assert_array_equal(made.features, item.features[[0, 1, 4, 5, 6]])
+    batch = next(iter(packed([item], length=9, batch_size=1, seed=0)))
+    assert batch["answer"][0].tolist() == [False] * 2 + item.mask.tolist()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "is list"),
+        ('{"text": "a"}', r"has the keys \['text'\]"),
+        ('{"messages": []}', "at least one turn"),
+        ('{"messages": ["hi"]}', "turn 0 has role None"),
+        ('{"messages": [{"role": "tool", "content": "x"}]}', "role 'tool'"),
+        ('{"conversations": [{"from": "human", "value": " "}]}', "value ' '"),
+        ('{"messages": [{"role": "user", "content": [1]}]}', r"content \[1\]"),
+        ('{"messages": [{"role": "user", "content": "x"}]}', "no assistant turn"),
+        ('{"messages": [{"role": "assistant", "content": "x"}]}', "begins with the assistant"),
+    ],
+)
+def test_malformed_lines_are_named(tmp_path, line, message):
+    file = tmp_path / "c.jsonl"
+    file.write_text(json.dumps({"messages": CHAT}) + "\n" + line + "\n")
+    with pytest.raises(sj.DataError, match=rf"c\.jsonl:2.*{message}"):
+        read_conversations(file, byte_tokenizer(CHATML, ("<|s|>", "<|e|>"), eos="<|e|>"), max_tokens=500)
+
+
+def test_files_that_hold_nothing(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe")
+    for name, message in (("empty", "is empty"), ("binary", "cannot be read"), ("none", "cannot be read")):
+        for read in (read_chats, read_prompts):
+            with pytest.raises(sj.DataError, match=rf"{name}\.jsonl {message}"):
+                read(tmp_path / f"{name}.jsonl")
+
+
+def test_prompts_from_every_format(tmp_path):
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"question_id": 1, "category": "c", "turns": ["a", "b"]}\n' * 2)
+    assert read_prompts(file) == [[{"role": "user", "content": "a"}]]  # each once
+    file.write_text(json.dumps(sharegpt(CHAT)))
+    assert read_prompts(file) == [CHAT[:2]]
+    file.write_text(json.dumps(sharegpt(CHAT[2:])))
+    with pytest.raises(sj.DataError, match=r"p\.jsonl:1 has no user turn before the first answer"):
+        read_prompts(file)
