@@ -36,7 +36,7 @@ class TorchStep:
     num_heads: int = 4
     batch_size: int = 1024
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
-    steps: int = 3  # timed together
+    steps: int = 2  # timed together
     repeats: int = 5  # of each side, by turns
     learning_rate: float = 2e-3
 

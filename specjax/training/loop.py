@@ -159,9 +159,7 @@ def best_state(directory: Path, like: Any, batches: grain.IterDataset) -> Any:
     checkpoints = directory / "checkpoints"
     step = checkpoint.best(checkpoints)
     if step is None:
-        raise CheckpointError(
-            f"no checkpoint in {checkpoints} has a score; train with an evaluation, or take the last."
-        )
+        raise CheckpointError(f"no checkpoint in {checkpoints} has a score; evaluate while training, or take the last.")
     whole = {"state": like, "input": _as_arrays(iter(batches).get_state())}
     return checkpoint.restore(checkpoints, whole, step)["state"]
 

@@ -68,6 +68,8 @@ class RunMonitor:
             for tag, value in _scalars(record):
                 if tag != "step":
                     self._writer.add_scalar(tag, value, record["step"])
+            if "tokens_per_second" in record:
+                self._progress.update(self._task, rate=f"{record['tokens_per_second']:,.0f}")
             if "eval" in record:
                 self._show(record["eval"])
             self._progress.update(self._task, completed=record["step"])
