@@ -7,7 +7,8 @@ Needs a network for the first run (or the model in Hugging Face's cache), and is
 million tokens of answers, then three epochs over their features. No record yet: it has not been run to the end.
 """
 
-from specjax.training.fit import Distillation, FitHeads
+from specjax.training.distillation import Distillation
+from specjax.training.fit import FitHeads
 from specjax.training.trainer import TrainConfig
 
 
@@ -16,6 +17,6 @@ def get_config() -> FitHeads:
         name="train_qwen2_5_0_5b_medusa",
         model="Qwen/Qwen2.5-0.5B-Instruct",
         reduced_vocab_size=32_768,
-        data=Distillation(directory="results/distill_qwen2_5_0_5b", shards=90, held_out_shards=2),
+        data=Distillation(directory="results/distill_qwen2_5_0_5b", shards=90),
         training=TrainConfig(epochs=3, batch_size=1024, learning_rate=2e-3, select="best"),
     )

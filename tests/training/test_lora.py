@@ -56,13 +56,13 @@ def test_merged_weights_equal_added_products(qwen2):
     np.testing.assert_allclose(logits(merged), added, rtol=1e-5, atol=1e-5 * float(jnp.abs(added).max()))
     assert float(jnp.abs(added - logits(qwen2)).max()) > 0.1
     layer, pair = qwen2.params.layers[1], lora.layers[1].down
-    np.testing.assert_allclose(merged.params.layers[1].down - layer.down, 2.0 * pair.a @ pair.b, atol=1e-6)
+    np.testing.assert_allclose(merged.params.layers[1].down - layer.down, 2.0 * pair.b @ pair.a, atol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("name", "weight", "where"),
-    [("q", "qkv", np.s_[:, :, :2]), ("k", "qkv", np.s_[:, :, 2]), ("v", "qkv", np.s_[:, :, 3]),
-     ("gate", "gate_up", np.s_[:, 0]), ("up", "gate_up", np.s_[:, 1])],
+    [("q", "qkv", np.s_[:, :2]), ("k", "qkv", np.s_[:, 2]), ("v", "qkv", np.s_[:, 3]),
+     ("gate", "gate_up", np.s_[0]), ("up", "gate_up", np.s_[1])],
 )  # fmt: skip
 def test_a_change_lands_in_its_own_matrix(qwen2, name, weight, where):
     lora, full = init_lora(jax.random.key(0), qwen2.config, CONFIG), disturbed(qwen2)
@@ -70,7 +70,7 @@ def test_a_change_lands_in_its_own_matrix(qwen2, name, weight, where):
     layer = dataclasses.replace(lora.layers[0], **{name: pair})
     merged = merge(qwen2.params, dataclasses.replace(lora, layers=(layer, *lora.layers[1:])))
     change = np.array(getattr(merged.layers[0], weight) - getattr(qwen2.params.layers[0], weight))
-    expected = 2.0 * np.tensordot(pair.a, pair.b, 1)
+    expected = 2.0 * np.tensordot(pair.b, pair.a, 1)
     np.testing.assert_allclose(change[where], expected, atol=1e-6)
     change[where] = 0
     assert not change.any()
