@@ -79,7 +79,7 @@ def exact_law(vocab, acceptance):
         p = np.asarray(next_law(np.hstack([np.tile(prompt(vocab), (vocab**n, 1)), prefixes])), np.float64)
         order = np.argsort(-p, axis=1, kind="stable")
         ordered = np.take_along_axis(p, order, 1)
-        ordered[:, acceptance.top_k :] = 0
+        ordered[:, acceptance.top_k or vocab :] = 0
         ordered /= ordered.sum(1, keepdims=True)
         kept = np.where(np.cumsum(ordered, 1) - ordered < acceptance.top_p, ordered, 0)
         np.put_along_axis(p, order, kept, 1)
