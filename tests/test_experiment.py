@@ -116,7 +116,7 @@ def test_generate_prints_the_text_and_the_statistics(checkpoint, capsys):
     ("extra", "message"),
     [
         (["--heads", "nowhere"], "nowhere"),
-        (["--tree", "chain:x"], "chain:x"),
+        (["--tree", "chain:x", "--drafter", "ngram"], "chain:x"),
         (["--max-new-tokens", "-1"], "-1"),
         (["--typical"], "--heads"),
         (["--drafter", "eagle"], "eagle"),

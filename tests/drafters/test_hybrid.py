@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import noisy_heads, tiny_model
+from fast_keys import fast_key
 
 import specjax as sj
 
@@ -52,9 +53,12 @@ NAMES = list(drafters(TREES[0]))
 @pytest.mark.parametrize("tree", TREES, ids=lambda t: t.name)
 @pytest.mark.parametrize("name", NAMES)
 def test_greedy_output_is_autoregressive(model, tree, name):
-    drafter, request = drafters(tree)[name], {"max_new_tokens": 60, "capacity": 128, "eos_token_ids": ()}
+    drafter, request = (
+        drafters(tree)[name],
+        {"max_new_tokens": 60, "capacity": 128, "eos_token_ids": (), "key": fast_key(5)},
+    )
     base = sj.generate(model, PROMPT, **request)
-    out = sj.generate(model, PROMPT, drafter=drafter, key=jax.random.key(5), **request)
+    out = sj.generate(model, PROMPT, drafter=drafter, **request)
     np.testing.assert_array_equal(out.tokens, base.tokens)
 
 
@@ -63,23 +67,23 @@ def test_greedy_output_is_autoregressive(model, tree, name):
 def test_streams_and_seeds_agree(model, name, acceptance):
     drafter = drafters(sj.Tree.cartesian((2, 2)))[name]
     request = {"drafter": drafter, "acceptance": acceptance, "max_new_tokens": 25, "eos_token_ids": EOS}
-    first = sj.generate(model, PROMPT, key=jax.random.key(4), **request)
-    again = sj.generate(model, PROMPT, key=jax.random.key(4), **request)
+    first = sj.generate(model, PROMPT, key=fast_key(4), **request)
+    again = sj.generate(model, PROMPT, key=fast_key(4), **request)
     np.testing.assert_array_equal(first.tokens, again.tokens)
     assert len(first.tokens) > 9
-    streamed = [t for item in sj.stream(model, PROMPT, key=jax.random.key(4), **request) for t in item.tokens]
+    streamed = [t for item in sj.stream(model, PROMPT, key=fast_key(4), **request) for t in item.tokens]
     assert streamed == first.tokens.tolist()
     if isinstance(acceptance, sj.Sample):
-        other = sj.generate(model, PROMPT, key=jax.random.key(6), **request)
+        other = sj.generate(model, PROMPT, key=fast_key(6), **request)
         assert other.tokens.tolist() != first.tokens.tolist()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_eos_ends_the_output(model, name):
     drafter = drafters(sj.Tree.cartesian((2, 2)))[name]
-    told = sj.generate(model, PROMPT, max_new_tokens=30, eos_token_ids=()).tokens.tolist()
+    told = sj.generate(model, PROMPT, max_new_tokens=30, eos_token_ids=(), key=fast_key(0)).tokens.tolist()
     stop = told[17]
-    out = sj.generate(model, PROMPT, drafter=drafter, max_new_tokens=30, eos_token_ids=(stop,), key=jax.random.key(0))
+    out = sj.generate(model, PROMPT, drafter=drafter, max_new_tokens=30, eos_token_ids=(stop,), key=fast_key(0))
     assert out.tokens.tolist() == told[: told.index(stop) + 1]
 
 
@@ -88,8 +92,8 @@ def test_a_batch_gives_each_prompt_what_it_gets_alone(model, name):
     drafter = None if name == "none" else drafters(sj.Tree.cartesian((2, 2)))[name]
     rng = np.random.default_rng(1)
     prompts = [rng.integers(0, 61, n) for n in (1, 70, 5, 64, 23)]
-    keys = jax.random.split(jax.random.key(8), len(prompts))
-    stop = tuple(sj.generate(model, prompts[2], max_new_tokens=9).tokens[-1:].tolist())  # one ends early
+    keys = jax.random.split(fast_key(8), len(prompts))
+    stop = tuple(sj.generate(model, prompts[2], max_new_tokens=9, key=keys[0]).tokens[-1:].tolist())  # one ends early
     for acceptance in RULES[:2]:
         request = {"drafter": drafter, "acceptance": acceptance, "max_new_tokens": 30, "capacity": 128}
         together = sj.generate_batch(model, prompts, keys=keys, eos_token_ids=stop, **request)
@@ -103,7 +107,7 @@ def test_a_batch_refuses_what_it_cannot_decode(model):
     with pytest.raises(sj.PromptError, match="no prompts"):
         sj.generate_batch(model, [])
     with pytest.raises(sj.PromptError, match="split"):
-        sj.generate_batch(model, [PROMPT, PROMPT], acceptance=sj.Sample(), keys=jax.random.split(jax.random.key(0), 3))
+        sj.generate_batch(model, [PROMPT, PROMPT], acceptance=sj.Sample(), keys=jax.random.split(fast_key(0), 3))
     with pytest.raises(sj.PromptError, match="-1"):
         sj.generate_batch(model, [PROMPT], max_new_tokens=-1)
     assert sj.generate_batch(model, [PROMPT], max_new_tokens=0)[0].tokens.size == 0

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import noisy_heads, tiny_model
+from fast_keys import fast_key
 
 import specjax as sj
 import specjax.model
@@ -35,7 +36,8 @@ def short_chunks(monkeypatch):
 @functools.cache
 def mock(vocab, seed=2):
     """A target, or with another seed a draft model, over a tiny vocabulary."""
-    return tiny_model(seed, 0.25, vocab=vocab, hidden_size=8, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4)
+    shape = {"hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "num_kv_heads": 1, "head_dim": 4}
+    return tiny_model(seed, 0.25, vocab=vocab, num_layers=1, **shape)
 
 
 def prompt(vocab):
@@ -77,7 +79,7 @@ def exact_law(vocab, acceptance):
         p = np.asarray(next_law(np.hstack([np.tile(prompt(vocab), (vocab**n, 1)), prefixes])), np.float64)
         order = np.argsort(-p, axis=1, kind="stable")
         ordered = np.take_along_axis(p, order, 1)
-        ordered[:, acceptance.top_k :] = 0
+        ordered[:, acceptance.top_k or vocab :] = 0
         ordered /= ordered.sum(1, keepdims=True)
         kept = np.where(np.cumsum(ordered, 1) - ordered < acceptance.top_p, ordered, 0)
         np.put_along_axis(p, order, kept, 1)
@@ -101,7 +103,7 @@ def empirical_law(vocab, acceptance, drafter):
 
     counts, accepted = np.zeros([vocab] * LENGTH), []
     for i in range(RUNS // BATCH):
-        out, drafts = batch(model.params, drafter.prepare(model.params), tokens, n, jax.random.key(i))
+        out, drafts = batch(model.params, drafter.prepare(model.params), tokens, n, fast_key(i))
         np.add.at(counts, tuple(np.asarray(out).T), 1)
         accepted.append(float(drafts))
     return counts, np.mean(accepted)
@@ -209,7 +211,7 @@ def test_a_broken_sibling_walk_fails(mutant, monkeypatch):
 def test_impossible_tokens_never_appear(stochastic):
     tree, vocab = SHAPES["branching"], 6
     # Flat, so that every possible token keeps some probability after the rejections.
-    logits = 0.2 * jax.random.normal(jax.random.key(0), (tree.size, vocab)).at[:, [1, 4]].set(-jnp.inf)
+    logits = 0.2 * jax.random.normal(fast_key(0), (tree.size, vocab)).at[:, [1, 4]].set(-jnp.inf)
     tokens = jnp.array([0, 1, 2, 4, 3, 1])  # impossible ones among them
     log_q = jnp.log(jnp.full((tree.size, vocab), 1 / vocab)) if stochastic else None
 
@@ -219,7 +221,7 @@ def test_impossible_tokens_never_appear(stochastic):
         verdict = sj.Sample()(logits, rules.Proposal(tokens, log_q), tree, key)
         return verdict.node, verdict.next_token
 
-    nodes, said = map(np.asarray, run(jax.random.split(jax.random.key(1), 20_000)))
+    nodes, said = map(np.asarray, run(jax.random.split(fast_key(1), 20_000)))
     assert not np.isin(tokens[nodes[nodes > 0]], [1, 4]).any()
     assert not np.isin(said, [1, 4]).any()
     assert len(set(said.tolist())) == 4
@@ -231,7 +233,5 @@ def test_impossible_tokens_never_appear(stochastic):
 def test_narrow_sampling_is_greedy(name, acceptance):
     drafter = drafter_for(name, 6, SHAPES["branching"], sj.Sample())
     greedy = sj.generate(mock(6), prompt(6), max_new_tokens=40)
-    out = sj.generate(
-        mock(6), prompt(6), drafter=drafter, acceptance=acceptance, max_new_tokens=40, key=jax.random.key(3)
-    )
+    out = sj.generate(mock(6), prompt(6), drafter=drafter, acceptance=acceptance, max_new_tokens=40, key=fast_key(3))
     np.testing.assert_array_equal(out.tokens, greedy.tokens)
