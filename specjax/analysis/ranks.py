@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from specjax.analysis.table import UNLABELLED, RankTable, float_dtype, identity
+from specjax.analysis.table import UNLABELLED, RankTable, fingerprint, float_dtype
 from specjax.config import ModelConfig
 from specjax.errors import DataError
 from specjax.heads import Heads, draft_projection, project
@@ -115,9 +115,9 @@ def measure(
         np.concatenate(column) for column in zip(*columns, strict=True)
     )
     manifest = {
-        "model": identity(model.params),
+        "model": fingerprint(model.params),
         "model_name": model.config.name,
-        "heads": identity((heads.params, heads.token_map)),
+        "heads": fingerprint((heads.params, heads.token_map)),
         "dtype": float_dtype(model.params),
         "heads_dtype": float_dtype(heads.params),
         "tokens": len(tokens),

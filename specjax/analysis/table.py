@@ -47,7 +47,7 @@ class RankTable:
       lengths: positions per sequence; they sum to n.
       categories: of every sequence.
       cap: ranks below it are exact.
-      manifest: what made the table; `model` and `heads` are identities, `dtype` and `heads_dtype` what they ran in.
+      manifest: what made the table; `model` and `heads` are fingerprints, `dtype` and `heads_dtype` what they ran in.
       draft_log_p: for typical acceptance: ln of the probability, under the law that judges it on this text (row
         j + 1 + i, at the manifest's `temperature`), of each of head i's R best candidates; -inf past the end.
       typical_entropy: of row j's law at that temperature, as `Typical` has it: -sum p ln(p + 1e-5).
@@ -213,9 +213,9 @@ class RankTable:
         for name, (tree, dtype) in given.items():
             if tree is None:
                 continue
-            if self.manifest.get(name) != identity(tree):
+            if self.manifest.get(name) != fingerprint(tree):
                 raise DataError(
-                    f"the rank table was measured with {name} {self.manifest.get(name)}, these are {identity(tree)}: "
+                    f"the rank table was measured with {name} {self.manifest.get(name)}, these are {fingerprint(tree)}: "
                     f"other weights. Measure again, `specjax tree measure`, or load the {name} that it was made with."
                 )
             here = float_dtype(tree)
@@ -258,7 +258,7 @@ class RankTable:
         return cls(**columns | {"categories": tuple(map(str, data["categories"]))}, cap=cap, manifest=manifest).check()
 
 
-def identity(tree: Any) -> str:
+def fingerprint(tree: Any) -> str:
     """The first 16 hex digits of a SHA-256 over a pytree's names and its values as bfloat16, whatever its dtype.
 
     Weights that differ in their dtype alone are the same model; integers, such as a token map, count as they are.

@@ -16,7 +16,8 @@ import specjax as sj
 from specjax.acceptance import NO_DRAFT, Proposal
 from specjax.analysis.ranks import Text, measure
 from specjax.analysis.simulate import accepted_lengths, drafted, reach, simulate, upper_bound, visited
-from specjax.analysis.table import UNLABELLED, RankTable, identity
+from specjax.analysis.table import UNLABELLED, RankTable, fingerprint
+from specjax.analysis.typical import typical_reach
 from specjax.heads import init_heads, project
 from specjax.loading.heads import packaged_ranks
 from specjax.model import forward, unembed
@@ -155,8 +156,8 @@ def test_a_thousand_trees_over_200_000_tokens_take_under_ten_seconds():
 
 
 def test_the_upper_bound_holds_where_taking_the_most_does_not():
-    # The widest tree takes two drafts from token 0 on and then stands where heads are wrong; one draft leads further.
-    table = table_of(ranks=[(0, 0, 0), (1, 1, 1), (0, 0, 0), (1, 1, 1), (1, 1, 1), (1, 1, 1), (0, 0, 0)], cap=1)
+    # Taking the draft at token 0 leads to token 2, where heads are wrong; from token 1 three drafts are right.
+    table = table_of(ranks=[(0, 1, 1), (0, 0, 0), *[(1, 1, 1)] * 5], cap=1)
     widest = simulate(table, [sj.Tree.chain(3)])[0].tokens_per_round
     assert widest < upper_bound(table, 3) == 6 / 3
     for seed in range(3):
@@ -275,8 +276,8 @@ def test_refusals(case, tmp_path):
     with pytest.raises(sj.DataError, match="model in float32, these are in bfloat16; load them with dtype='float32'"):
         table.check(half)
     assert table.check(half, any_dtype=True) is table
-    assert identity(model.params) != identity(tiny_model(5).params)
-    assert identity((heads.params, np.arange(3))) != identity((heads.params, np.array([0, 1, 3])))
+    assert fingerprint(model.params) != fingerprint(tiny_model(5).params)
+    assert fingerprint((heads.params, np.arange(3))) != fingerprint((heads.params, np.array([0, 1, 3])))
     with pytest.raises(sj.DataError, match="no category 'three'"):
         table.category("three")
     with pytest.raises(sj.DataError, match="k is 62"):
@@ -305,6 +306,77 @@ def test_refusals(case, tmp_path):
     np.savez(tmp_path / "less.npz", **{name: column for name, column in columns.items() if name != "entropy"})
     with pytest.raises(sj.DataError, match=r"lacks the columns \['entropy'\]"):
         RankTable.load(tmp_path / "less.npz")
+
+
+RULES = [
+    sj.Typical(0.7, 0.09, 0.3),
+    sj.Typical(0.7, 0.3, 0.9, rule="abyo"),
+]
+
+
+@pytest.fixture(scope="module")
+def typical_table(case):
+    """With what typical acceptance needs, at temperature 0.7."""
+    model, heads, texts, _ = case
+    return measure(model, heads, texts, cap=61, typical_temperature=0.7, candidates=8)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_typical_first_rounds_are_the_decoders(case, typical_table, rule):
+    """A tree of one level is judged after the root alone: right after every prefix of the text."""
+    model, heads, texts, _ = case
+    tree = sj.Tree.cartesian((8,))
+    depth, on_text = typical_reach(typical_table, tree, rule)
+    assert on_text.all()
+    assert 0 < depth.mean() < 1
+    drafter = sj.MedusaDrafter(heads, tree)
+    for text, start in zip(texts[:3], typical_table.starts, strict=False):
+        for j in range(0, len(text.answer) - 2, 3):
+            prefix = np.concatenate([text.prompt, text.answer[:j]])
+            out = sj.generate(
+                model, prefix, drafter=drafter, acceptance=rule, max_new_tokens=3, eos_token_ids=(), capacity=256
+            )
+            assert out.accepted_lengths[0] == depth[start + j]
+
+
+def test_typical_simulation_is_near_the_decoder(case, typical_table):
+    """Decoding leaves the text, the simulation does not: the error in tokens per round stays below a quarter."""
+    model, heads, texts, _ = case
+    trees = [sj.Tree.chain(2), sj.Tree.cartesian((3, 2))]
+    for tree, one in zip(trees, simulate(typical_table, trees, RULES[0]), strict=True):
+        assert not one.exact
+        assert 0 < one.on_text < 1
+        rounds = []
+        for text in texts:
+            rounds += sj.generate(
+                model, text.prompt, drafter=sj.MedusaDrafter(heads, tree), acceptance=RULES[0],
+                max_new_tokens=len(text.answer), eos_token_ids=(), capacity=256,
+            ).accepted_lengths.tolist()  # fmt: skip
+        error = one.tokens_per_round / (np.mean(rounds) + 1) - 1
+        print(f"{tree.name}: simulated {one.tokens_per_round:.3f}, error {error:+.1%}, on text {one.on_text:.1%}")
+        assert abs(error) < 0.25
+
+
+def test_cold_typical_simulation_is_greedy_simulation(case, typical_table, tmp_path):
+    model, heads, texts, table = case
+    cold = measure(model, heads, texts, cap=61, typical_temperature=1e-3, candidates=8)
+    cold.save(tmp_path / "cold.npz")
+    cold = RankTable.load(tmp_path / "cold.npz")
+    for one, greedy in zip(
+        simulate(cold, TREES[9:], sj.Typical(1e-3, 0.5, 0.5)), simulate(table, TREES[9:]), strict=True
+    ):
+        assert one.by_depth.tolist() == greedy.by_depth.tolist()
+        assert one.on_text == 1.0
+    with pytest.raises(sj.DataError, match=r"at temperature 0\.7, the rule has 0\.5"):
+        simulate(typical_table, TREES[:1], sj.Typical(0.5))
+    with pytest.raises(sj.DataError, match="typical_temperature"):
+        simulate(table, TREES[:1], RULES[0])
+    with pytest.raises(sj.TreeError, match="ranks below 8"):
+        simulate(typical_table, [sj.Tree.from_paths([(8,)])], RULES[0])
+    with pytest.raises(sj.ConfigError, match="cannot be simulated"):
+        simulate(table, TREES[:1], sj.Sample())
+    with pytest.raises(sj.DataError, match="typical_temperature is 0"):
+        measure(model, heads, texts, typical_temperature=0.0)
 
 
 def test_the_shipped_table_is_that_of_the_shipped_heads(smollm2):

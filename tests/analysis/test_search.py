@@ -97,7 +97,7 @@ def test_the_path_law_by_hand():
 
 @pytest.mark.parametrize("size", range(2, 7))
 def test_the_walk_search_is_near_the_best_walk_of_all_trees(size):
-    """No search is optimal for the walk; on text it has not seen, this one loses at most 1.5% to the best tree there."""
+    """No search is optimal for the walk; on text it has not seen, this one loses at most 1.5% to the best there."""
     train, held_out = (table_of(s, heads=2, cap=RANKS, sequences=80, length=60, dependent=True) for s in (0, 1))
     best = max(one.tokens_per_round for one in simulate(held_out, all_trees(size, 2)))
     walk = simulate(held_out, [SEARCHES["walk"](train, size, Limits())])[0]
@@ -155,7 +155,7 @@ def test_joint_is_not_worse_than_independent_on_the_other_half_of_the_shipped_ta
             saved = independent - rounds
             error = saved.std() * np.sqrt(len(saved))
             print(
-                f"{size:2d} nodes, {name}: {saved.sum()} rounds fewer of {independent.sum()} (standard error {error:.0f})"
+                f"{size} nodes, {name}: {saved.sum()} rounds fewer of {independent.sum()}, standard error {error:.0f}"
             )
             assert saved.sum() >= 0
             gains[name] += saved.sum()

@@ -52,9 +52,8 @@ def test_optimise_saves_the_best_tree(ranks, tmp_path, capsys):
     table, file = RankTable.load(ranks), tmp_path / "tree.json"
     assert main(["tree", "optimise", "--ranks", str(ranks), "--nodes", "4", "--save", str(file)]) == 0
     assert sj.Tree.load(file) == SEARCHES["walk"](table, 4, Limits())
-    assert (
-        f"{simulate(table, [SEARCHES['walk'](table, 4, Limits())])[0].tokens_per_round:.3f}" in capsys.readouterr().out
-    )
+    (best,) = simulate(table, [SEARCHES["walk"](table, 4, Limits())])
+    assert f"{best.tokens_per_round:.3f}" in capsys.readouterr().out
     times = tmp_path / "result.json"
     rows = [{"nodes": n, "milliseconds": {"median": ms}} for n, ms in ((1, 10.0), (2, 10.0), (3, 50.0))]
     times.write_text(json.dumps({"rows": rows}))
@@ -139,7 +138,8 @@ def test_the_experiment_chooses_and_checks_a_tree(checkpoint, prompts, ranks, tm
 
     config = TreeSearch(
         "tiny", str(checkpoint), str(checkpoint / "heads"), "float32",
-        str(ranks), str(prompts), max_new_tokens=16, sizes=(2, 3, 5), timed_sizes=(2, 3, 5), timed_per_category=1, repeats=1,
+        str(ranks), str(prompts), max_new_tokens=16, sizes=(2, 3, 5), timed_sizes=(2, 3, 5), timed_per_category=1,
+        repeats=1,
     )  # fmt: skip
     result = config.run(tmp_path, Console())
     json.dumps(result)
