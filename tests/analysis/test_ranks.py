@@ -44,13 +44,13 @@ TREES = [sj.Tree.preset(name) for name in sj.Tree.presets()] + [random_tree(seed
 def case():
     """A model, its heads, and its own greedy answers of several lengths, one ended by EOS."""
     model = tiny_model()
-    told = sj.generate(model, PROMPTS[0], max_new_tokens=50).tokens
+    told = sj.generate(model, PROMPTS[0], max_new_tokens=50, capacity=256).tokens
     eos = int(told[20])
     model = dataclasses.replace(model, config=dataclasses.replace(model.config, eos_token_ids=(eos,)))
     heads = noisy_heads(model, 5)
     texts = []
     for i, prompt in enumerate(PROMPTS):
-        answer = sj.generate(model, prompt, max_new_tokens=30 + 7 * i).tokens
+        answer = sj.generate(model, prompt, max_new_tokens=30 + 7 * i, capacity=256).tokens
         texts.append(Text(prompt, answer, CATEGORIES[i % 2]))
     return model, heads, texts, measure(model, heads, texts, cap=61)
 
