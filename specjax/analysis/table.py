@@ -216,8 +216,8 @@ class RankTable:
             if self.manifest.get(name) != fingerprint(tree):
                 raise DataError(
                     f"the rank table was measured with {name} {self.manifest.get(name)}, these are "
-                    f"{fingerprint(tree)}: other weights. Measure again, `specjax tree measure`, or load the {name} that "
-                    "it was made with."
+                    f"{fingerprint(tree)}: other weights. Measure again, `specjax tree measure`, or load the {name} "
+                    "that it was made with."
                 )
             here = float_dtype(tree)
             if not any_dtype and self.manifest.get(dtype) != here:
