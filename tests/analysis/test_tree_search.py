@@ -9,9 +9,11 @@ from rank_tables import table_of
 
 import specjax as sj
 from specjax.analysis import rank_plots
+from specjax.analysis.round_time import time_rounds
 from specjax.analysis.search import Limits
 from specjax.analysis.simulate import simulate
 from specjax.analysis.table import RankTable
+from specjax.analysis.texts import per_category
 from specjax.analysis.tree_search import TreeSearch, packaged_trees
 from specjax.analysis.validate import SEARCHES
 from specjax.cli import main
@@ -33,7 +35,8 @@ def ranks(checkpoint, prompts, tmp_path_factory):
     file = tmp_path_factory.mktemp("ranks") / "t.npz"
     heads = str(checkpoint / "heads")
     command = ["tree", "measure", "--model", str(checkpoint), "--heads", heads, "--prompts", str(prompts)]
-    assert main([*command, "--dtype", "float32", "--max-new-tokens", "20", "--cap", "16", "--save", str(file)]) == 0
+    typical = ["--typical-temperature", "0.7", "--save", str(file)]
+    assert main([*command, "--dtype", "float32", "--max-new-tokens", "20", "--cap", "16", *typical]) == 0
     return file
 
 
@@ -74,6 +77,27 @@ def test_simulate_prints_every_tree(ranks, capsys, tmp_path):
     out = capsys.readouterr().out
     for tree in (sj.Tree.chain(1), sj.Tree.cartesian((3, 2))):
         assert f"{simulate(RankTable.load(ranks), [tree])[0].tokens_per_round:.3f}" in out
+
+    assert main(["tree", "simulate", "--ranks", str(ranks), "chain:2", "--typical", "0.09", "0.3"]) == 0
+    (typical,) = simulate(RankTable.load(ranks), [sj.Tree.chain(2)], sj.Typical(0.7))
+    out = capsys.readouterr().out
+    assert f"{typical.tokens_per_round:.3f}" in out
+    assert "judged" in out
+
+
+def test_rounds_are_timed_after_prompts_of_any_length(checkpoint):
+    model = sj.load_model(checkpoint)
+    heads = sj.load_heads(checkpoint / "heads", model.config)
+    (taken,) = time_rounds(model, heads, [sj.Tree.chain(1)], [1] * 600, rounds=2, repeats=1, capacity=128)
+    assert 0 < taken["min"] <= taken["median"] <= taken["max"]
+
+
+def test_samples_are_of_every_category():
+    categories = ["chat", "code"] * 5
+    assert per_category(categories, 2) == [0, 1, 2, 3]
+    assert per_category(["a", "a", "a", "b"], 1) == [0, 3]
+    with pytest.raises(sj.DataError, match="count per category is 0"):
+        per_category(categories, 0)
 
 
 def test_bench_gives_round_times(checkpoint, ranks, tmp_path, capsys):
@@ -122,7 +146,7 @@ def test_tables_of_other_heads_are_refused(checkpoint, ranks, tmp_path, capsys):
         (["optimise", "--ranks", "RANKS", "--round-times", "nowhere.json"], "nowhere.json"),
         (["simulate", "--ranks", "RANKS", "chain:5"], "5 deep"),
         (["simulate", "--ranks", "RANKS", "nonsense"], "nonsense"),
-        (["simulate", "--ranks", "RANKS", "chain:1", "--typical", "0.09", "0.3"], "typical_temperature"),
+        (["simulate", "--ranks", "RANKS", "paths:12", "--typical", "0.09", "0.3"], "ranks below 10"),
         (["simulate", "--ranks", "RANKS", "chain:1", "--model", "m"], "give both"),
     ],
 )
