@@ -42,9 +42,9 @@ def validated(table: RankTable, size: int, limits: Limits, *, walk: bool) -> Tre
     limits.check(size, table.num_heads, table.cap)
     independent = greedy_tree(table.hits(), size, limits)
     pieces = _pieces(table)
-    fold = np.arange(len(pieces.lengths)) % _FOLDS
-    if len(pieces.lengths) < 2 or size == 1:
+    if size == 1 or len(pieces.lengths) < 2:
         return independent
+    fold = np.arange(len(pieces.lengths)) % _FOLDS
     candidates: dict[str, Search] = {"independent": lambda part, size, limits: greedy_tree(part.hits(), size, limits)}
     for shrinkage in _SHRINKAGES:
         candidates[f"joint law, shrinkage {shrinkage:g}"] = functools.partial(joint_tree, shrinkage=shrinkage)
@@ -76,9 +76,9 @@ def _walk_tree(table: RankTable, size: int, limits: Limits, shrinkage: float) ->
 
 
 def _pieces(table: RankTable) -> RankTable:
-    """The table with its sequences cut until there are enough of them for every fold."""
-    if len(table.lengths) >= _FOLDS:
-        return table
+    """The table's sequences with a round in them, cut if there are too few of them for the folds."""
+    if (table.lengths > 1).sum() >= _FOLDS:
+        return table.select(lambda i: table.lengths[i] > 1)
     longest = max(2, len(table.ranks) // (2 * _FOLDS))
     cut = [
         (min(longest, int(length) - at), category)
@@ -86,7 +86,8 @@ def _pieces(table: RankTable) -> RankTable:
         for at in range(0, int(length), longest)
     ]
     lengths, categories = zip(*cut, strict=True)
-    return replace(table, lengths=np.array(lengths), categories=categories)
+    cut_up = replace(table, lengths=np.array(lengths), categories=categories)
+    return cut_up.select(lambda i: cut_up.lengths[i] > 1)
 
 
 # By name: (table, size, limits) -> the best tree of that size.
