@@ -93,6 +93,10 @@ for size, row in zip(timed, taken, strict=True):
 #
 # Tokens per round over the time of a round is the predicted speed. The text it was searched on flatters a tree a little;
 # the other half does not.
+#
+# A tree is worth its cost only above the black line, autoregressive decoding. In float32 on a CPU, two tokens at once may
+# cost nearly twice as much as one: then no tree helps, and the honest choice is none. Where several tokens share the
+# reading of the weights (bfloat16 with hardware for it, a GPU), the same trees gain.
 
 # %%
 other = lab.simulate(checked_on, family[1:])
