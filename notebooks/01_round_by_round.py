@@ -19,37 +19,32 @@
 # what is committed.
 
 # %%
-import jax
-import jax.numpy as jnp
+# %matplotlib inline
 import matplotlib.pyplot as plt
 import numpy as np
+from IPython.display import display
 
 import specjax as sj
-from specjax import decode
-from specjax.analysis.tree_plot import draw_tree
-from specjax.model import forward, unembed
+from specjax import analysis as lab
 
 model = sj.load_model("smollm2-135m-instruct")
-heads = sj.load_heads("smollm2-135m-instruct", model.config, dtype=jnp.float32)
+heads = sj.load_heads("smollm2-135m-instruct", model.config, dtype="float32")
 tree = sj.Tree.cartesian((3, 2, 1))
 drafter = sj.MedusaDrafter(heads, tree)
 
 prompt = model.tokenizer.apply_chat_template([{"role": "user", "content": "Why do leaves change colour in autumn?"}])
-state = decode.prefill(model, prompt, drafter=drafter, max_new_tokens=64)
 
 
 def text(token):
     return model.tokenizer.decode([int(token)]).replace("\n", "\\n")
 
 
-# Not every round is worth looking at: we go on to the first that will accept two drafts.
-step = jax.jit(decode.round_, static_argnames=("config", "acceptance"))
-while int((after := step(model.params, model.config, drafter, sj.Greedy(), (), state)).confirmed) < 2:
-    state = after
+# Not every round is worth looking at: we take the first that accepts two drafts, or else the one that accepts the most.
+rounds = list(lab.take_apart(model, prompt, drafter=drafter, max_new_tokens=48))
+one = next((r for r in rounds if len(r.accepted) >= 2), max(rounds, key=lambda r: len(r.accepted)))
 
-said = state.tokens[len(prompt) : int(state.length)].tolist()
-print("so far the target has said:", repr(model.tokenizer.decode(said)))
-print("the root, its newest token:", repr(text(state.context.root)))
+print("so far the target has said:", repr(model.tokenizer.decode(one.before[len(prompt) :].tolist())))
+print("the root, its newest token:", repr(text(one.before[-1])))
 
 # %% [markdown]
 # ## Draft
@@ -59,9 +54,8 @@ print("the root, its newest token:", repr(text(state.context.root)))
 # which combinations are proposed: here the first head's three best, below each the second head's two best, and so on.
 
 # %%
-proposal = drafter.propose(model.params, state.draft, state.context, jax.random.key(0))
-axes = draw_tree(tree, labels=[repr(text(token)) for token in proposal.tokens])
-plt.show()
+axes = lab.draw_tree(tree, labels=[repr(text(token)) for token in one.drafts])
+display(axes.figure)
 
 # %% [markdown]
 # ## Verify
@@ -73,26 +67,16 @@ plt.show()
 # %%
 figure, axes = plt.subplots(figsize=(5, 4.6), layout="constrained")
 axes.imshow(tree.ancestors, cmap="Greens")
-names = [text(token) for token in proposal.tokens]
+names = [text(token) for token in one.drafts]
 axes.set_xticks(range(tree.size), names, rotation=90, size=7)
 axes.set_yticks(range(tree.size), names, size=7)
 axes.set_title("who sees whom, beside the prefix", loc="left", size=10)
 plt.show()
 
 # %%
-out = forward(
-    model.params,
-    model.config,
-    proposal.tokens,
-    cache=state.cache,
-    positions=state.cache.length + tree.depths,
-    mask=tree.ancestors,
-)
-logits = unembed(model.params, out.features)
-choice = np.asarray(logits.argmax(-1))
 for node in range(tree.size):
-    path = " ".join(repr(text(proposal.tokens[n])) for n in np.flatnonzero(tree.ancestors[node]))
-    print(f"after {path:45s} the target says {text(choice[node])!r}")
+    path = " ".join(repr(text(one.drafts[n])) for n in np.flatnonzero(tree.ancestors[node]))
+    print(f"after {path:45s} the target says {text(one.choices[node])!r}")
 
 # %% [markdown]
 # ## Accept
@@ -101,10 +85,8 @@ for node in range(tree.size):
 # and after its last node the target's own choice comes for free. So a round commits at least one token, always.
 
 # %%
-verdict = sj.Greedy()(logits, proposal, tree, jax.random.key(0))
-path = tree.node_paths[int(verdict.node)][: int(verdict.accepted) + 1]
-print("accepted drafts:", [text(proposal.tokens[n]) for n in path[1:]])
-print("the target's own token:", repr(text(verdict.next_token)))
+print("accepted drafts:", [text(one.drafts[n]) for n in one.accepted])
+print("the target's own token:", repr(text(one.choices[(0, *one.accepted)[-1]])))
 
 # %% [markdown]
 # ## Commit
@@ -113,8 +95,8 @@ print("the target's own token:", repr(text(verdict.next_token)))
 # begins. `stream` runs the same rounds, one at a time.
 
 # %%
-rounds = list(sj.stream(model, prompt, drafter=drafter, max_new_tokens=64))
-for number, item in enumerate(rounds[1:13], 1):
+streamed = list(sj.stream(model, prompt, drafter=drafter, max_new_tokens=48))
+for number, item in enumerate(streamed[1:13], 1):
     drafted, own = item.tokens[: item.accepted], item.tokens[item.accepted :]
     drafted, own = (model.tokenizer.decode(list(map(int, part))) for part in (drafted, own))
     print(f"round {number:2d}: {drafted!r:>24} accepted, then {own!r}")
@@ -126,8 +108,8 @@ for number, item in enumerate(rounds[1:13], 1):
 # `tokens_per_round` counts every committed token, `accepted_per_round` the drafts alone.
 
 # %%
-fast = sj.generate(model, prompt, drafter=drafter, max_new_tokens=64)
-slow = sj.generate(model, prompt, max_new_tokens=64)
+fast = sj.generate(model, prompt, drafter=drafter, max_new_tokens=48)
+slow = sj.generate(model, prompt, max_new_tokens=48)
 assert fast.tokens.tolist() == slow.tokens.tolist()
 print(model.tokenizer.decode(fast.tokens.tolist()))
 print()

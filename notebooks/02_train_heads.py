@@ -19,6 +19,7 @@
 # Qwen2 that ships with specjax (usually the draft model of a larger one), so that everything takes seconds.
 
 # %%
+# %matplotlib inline
 import tempfile
 from pathlib import Path
 
@@ -27,10 +28,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 
 import specjax as sj
-from specjax.heads import init_heads
-from specjax.training.distill import answer, distinct
-from specjax.training.seeds import seed_prompts
-from specjax.training.trainer import TrainConfig, dataset, train
+from specjax.training import TrainConfig, answer, dataset, distinct, init_heads, seed_prompts, train
 
 target, token_map = sj.load_draft("smollm2-draft")
 print(target.config.family, "of", sum(leaf.size for leaf in jax.tree.leaves(target.params)), "parameters")

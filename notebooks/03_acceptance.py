@@ -18,21 +18,16 @@
 # table records that for every position of some text. Everything about greedy acceptance follows from it.
 
 # %%
-import matplotlib.pyplot as plt
+# %matplotlib inline
 import numpy as np
 from IPython.display import display
 
 import specjax as sj
-from specjax.analysis import rank_plots
-from specjax.analysis.ranks import RankTable, measure
-from specjax.analysis.simulate import simulate
-from specjax.analysis.texts import greedy_answers
-from specjax.loading.heads import packaged_ranks
-from specjax.prompts import load_prompts
+from specjax import analysis as lab
 
 name = "smollm2-135m-instruct"
-model = sj.load_model(name, dtype="bfloat16")
-heads = sj.load_heads(name, model.config, dtype="bfloat16")
+model = sj.load_model(name)
+heads = sj.load_heads(name, model.config, dtype="float32")
 
 # %% [markdown]
 # ## Two kinds of text
@@ -41,15 +36,16 @@ heads = sj.load_heads(name, model.config, dtype="bfloat16")
 # A second one is measured here, on prompts of five kinds that are nothing like the training text.
 
 # %%
-distilled = RankTable.load(packaged_ranks(name))
-prompts = [p for i, p in enumerate(load_prompts()) if i % 10 in (0, 5)]
-fresh = measure(model, heads, greedy_answers(model, prompts, max_new_tokens=64))
+distilled = lab.RankTable.load(lab.packaged_ranks(name))
+prompts = lab.load_prompts()
+prompts = [prompts[i] for i in lab.per_category([p.category for p in prompts], 2)]
+fresh = lab.measure(model, heads, lab.greedy_answers(model, prompts, max_new_tokens=64, batch_size=5))
 for label, table in (("distilled", distilled), ("prompts", fresh)):
     accuracy = " ".join(f"{share:.2f}" for share in table.accuracy(1))
     print(f"{label:10s} {len(table.tokens):6d} tokens; top-1 accuracy of heads 1 to 4: {accuracy}")
 
 # %%
-display(rank_plots.accuracy_by_head(distilled), rank_plots.accuracy_by_category(fresh))
+display(lab.rank_plots.accuracy_by_head(distilled), lab.rank_plots.accuracy_by_category(fresh))
 
 # %% [markdown]
 # The gap between the two lines of numbers is the most important thing here: heads that were measured on text like their
@@ -62,7 +58,7 @@ display(rank_plots.accuracy_by_head(distilled), rank_plots.accuracy_by_category(
 # chains. The further the head looks, the flatter the row.
 
 # %%
-display(rank_plots.rank_heatmap(distilled))
+display(lab.rank_plots.rank_heatmap(distilled))
 
 # %% [markdown]
 # ## Heads are not independent
@@ -80,23 +76,36 @@ for rank in range(3):
 # ## Are heads right as often as they think?
 
 # %%
-display(rank_plots.calibration(distilled))
+display(lab.rank_plots.calibration(distilled))
+
+# %% [markdown]
+# ## Where the target is sure
+#
+# Entropy says how open a choice is. A draft's own choice is the one that the target makes where the draft would stand: for
+# head 1 one token after the root, for head 2 two tokens after. Where that law is sharp, every head is right far more
+# often; where it is flat, there is little to guess. The bins hold as many drafts each.
+
+# %%
+display(lab.rank_plots.accuracy_by_entropy(distilled))
+edges, index = distilled.entropy_bins(4)
+for quarter in range(4):
+    inside = index == quarter
+    print(
+        f"entropy {edges[quarter]:.2f} to {edges[quarter + 1]:.2f} nats: top-1 accuracy by head",
+        np.round(distilled.accuracy(1, inside), 2),
+    )
 
 # %% [markdown]
 # ## Along a text
 #
-# Drafts are accepted in stretches. Darker tokens are those from which a round would have gone further, with a tree of 29
-# nodes: fixed phrases and the ends of words are easy, the beginnings of new thoughts are not.
+# Drafts are accepted in stretches. Decoding with a tree of 29 nodes would commit the shaded tokens as drafts, the darker
+# the further ahead they were drafted: fixed phrases and the ends of words are easy, the beginnings of new thoughts are not.
 
 # %%
 tree = sj.Tree.cartesian((4, 3, 1))
-paths, start, length = set(tree.rank_paths), fresh.starts[0], min(int(fresh.lengths[0]), 64)
-reach = np.full(length, -1)
-for j in range(length - 1):
-    ranks = tuple(int(r) for r in fresh.ranks[start + j][: tree.max_depth])
-    reach[j] = max((d for d in range(1, tree.max_depth + 1) if ranks[:d] in paths), default=0)
-pieces = [model.tokenizer.decode([int(t)]) for t in fresh.tokens[start : start + length]]
-display(rank_plots.text_acceptance(pieces, reach))
+first = fresh.select(lambda i: i == 0)
+pieces = [model.tokenizer.decode([int(t)]) for t in first.tokens]
+display(lab.rank_plots.text_acceptance(pieces, lab.drafted(first, tree)))
 
 # %% [markdown]
 # ## By category
@@ -105,8 +114,7 @@ display(rank_plots.text_acceptance(pieces, reach))
 
 # %%
 for category in sorted(set(fresh.categories)):
-    found = simulate(fresh.category(category), [tree])[0]
+    (found,) = lab.simulate(fresh.category(category), [tree])
     print(
         f"{category:14s} {found.tokens_per_round:.2f} tokens per round, {found.accepted_per_round:.2f} of them drafts"
     )
-plt.close("all")

@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-TREE_HELP = "a published name, chain:4, cartesian:3,2,1, paths:0,1,0.0, or a .json file"
+TREE_HELP = "a preset, chain:4, cartesian:3,2,1, paths:0,1,0.0, or a .json file"
 
 
 def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -26,6 +26,9 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     measure.add_argument("--max-new-tokens", type=int, default=128)
     measure.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     measure.add_argument("--cap", type=int, default=32, help="ranks from here on are not told apart")
+    measure.add_argument(
+        "--typical-temperature", type=float, help="also record what typical acceptance at this temperature depends on"
+    )
     measure.add_argument("--save", type=Path, required=True, metavar="RANKS.npz")
     measure.set_defaults(function=_measure)
 
@@ -35,6 +38,7 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     size = optimise.add_mutually_exclusive_group(required=True)
     size.add_argument("--nodes", type=int, help="the tree's size, root included")
     size.add_argument("--round-times", type=Path, help="result.json of `specjax bench`: take the fastest size")
+    _add_model(optimise)
     optimise.add_argument("--max-depth", type=int)
     optimise.add_argument("--max-branching", type=int)
     optimise.add_argument("--save", type=Path, metavar="TREE.json")
@@ -43,8 +47,11 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     simulate = trees.add_parser("simulate", help="what trees would do on recorded text")
     simulate.add_argument("trees", nargs="+", metavar="TREE", help=TREE_HELP)
     simulate.add_argument("--ranks", type=Path, required=True)
-    simulate.add_argument("--round-times", type=Path, help="also predict the speed-up")
+    simulate.add_argument("--round-times", type=Path, help="also predict the speed")
     simulate.add_argument("--by-category", action="store_true")
+    typical = "under typical acceptance, EPSILON DELTA (0.09 0.3 in the paper), at the table's temperature; not exact"
+    simulate.add_argument("--typical", type=float, nargs=2, metavar=("EPSILON", "DELTA"), help=typical)
+    _add_model(simulate)
     simulate.set_defaults(function=_simulate)
 
     bench = commands.add_parser("bench", help="time a round against the number of tree nodes on this machine")
@@ -54,6 +61,11 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     bench.add_argument("--sizes", type=int, nargs="+", default=[1, 2, 4, 8, 12, 16, 24, 32, 48, 64])
     bench.add_argument("--output-dir", type=Path, default=Path("results/bench"))
     bench.set_defaults(function=_bench)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="with --heads: refuse a table that was not measured with these")
+    parser.add_argument("--heads")
 
 
 def _list(options: argparse.Namespace, rest: list[str]) -> int:
@@ -95,39 +107,49 @@ def _measure(options: argparse.Namespace, rest: list[str]) -> int:
     model = sj.load_model(options.model, dtype=options.dtype)
     heads = sj.load_heads(options.heads, model.config, dtype=options.dtype)
     texts = greedy_answers(model, prompts, max_new_tokens=options.max_new_tokens)
-    table = measure(model, heads, [text for text in texts if len(text.answer) > 1], cap=options.cap)
+    texts = [text for text in texts if len(text.answer) > 1]
+    table = measure(model, heads, texts, cap=options.cap, typical_temperature=options.typical_temperature)
     table.save(options.save)
     speed, answers = table.manifest["tokens_per_second"], len(table.lengths)
     print(f"{len(table.tokens)} tokens of {answers} answers, {speed:.0f} a second")
-    for k in (1, 3, 5):
-        print(f"top-{k} accuracy by head:", " ".join(f"{share:.3f}" for share in table.accuracy(min(k, table.cap))))
+    for k in sorted({min(k, table.cap) for k in (1, 3, 5)}):
+        print(f"top-{k} accuracy by head:", " ".join(f"{share:.3f}" for share in table.accuracy(k)))
     print(f"wrote {options.save}")
     return 0
 
 
 def _optimise(options: argparse.Namespace, rest: list[str]) -> int:
+    from dataclasses import asdict, replace
+
     from rich.console import Console
     from rich.table import Table
 
-    from specjax.analysis.ranks import RankTable
-    from specjax.analysis.search import SEARCHES, Limits
-    from specjax.analysis.simulate import simulate
+    from specjax.analysis.search import Limits
+    from specjax.analysis.validate import search_trees
+    from specjax.errors import TreeError
 
-    table, limits = RankTable.load(options.ranks), Limits(options.max_depth, options.max_branching)
-    search, times = SEARCHES[options.search], _round_times(options.round_times)
+    table, limits = _table(options), Limits(options.max_depth, options.max_branching)
+    times = _round_times(options.round_times)
     sizes = [options.nodes] if times is None else [n for n in times.nodes if n > 1]
-    found = simulate(table, [search(table, size, limits) for size in sizes])
-    view = Table("nodes", "tokens per round", "accepted per round", *([] if times is None else ["predicted speed-up"]))
+    most = limits.largest(table.num_heads, table.cap)
+    if times is not None and (beyond := [n for n in sizes if n > most]):
+        print(f"left out {beyond} nodes: the limits allow {most}")
+        sizes = [n for n in sizes if n <= most]
+    if not sizes:
+        raise TreeError(f"no size is left: the round times are of {times and times.nodes} nodes; measure others.")
+    found = search_trees(table, sizes, search=options.search, limits=limits)
+    view = Table("nodes", "tokens per round", "accepted per round", *_speed_columns(times))
     for one in found:
-        gain = [] if times is None else [f"{times.speedup(one.tree.size, one.tokens_per_round):.2f}"]
-        view.add_row(str(one.tree.size), f"{one.tokens_per_round:.3f}", f"{one.accepted_per_round:.3f}", *gain)
+        cells = [str(one.tree.size), f"{one.tokens_per_round:.3f}", f"{one.accepted_per_round:.3f}"]
+        view.add_row(*cells, *_speed(times, one))
     Console().print(view)
-    best = found[0]
+    best = found[0].tree
     if times is not None:
-        best = max(found, key=lambda one: times.speedup(one.tree.size, one.tokens_per_round))
-    print(best.tree.ascii())
+        best = max(found, key=lambda one: times.speedup(one.tree.size, one.tokens_per_round)).tree
+        best = replace(best, provenance={**best.provenance, "round_times": asdict(times)})
+    print(best.ascii())
     if options.save:
-        best.tree.save(options.save)
+        best.save(options.save)
         print(f"wrote {options.save}")
     return 0
 
@@ -136,24 +158,51 @@ def _simulate(options: argparse.Namespace, rest: list[str]) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from specjax.analysis.ranks import RankTable
+    from specjax.acceptance import Greedy, Typical
     from specjax.analysis.simulate import simulate
     from specjax.tree import Tree
 
-    table, times = RankTable.load(options.ranks), _round_times(options.round_times)
+    table, times = _table(options), _round_times(options.round_times)
+    rule: Greedy | Typical = Greedy()
+    if options.typical is not None:
+        epsilon, delta = options.typical
+        rule = Typical(table.manifest.get("temperature") or 1.0, epsilon, delta)
     trees = [Tree.parse(text) for text in options.trees]
     names = sorted(set(table.categories)) if options.by_category else []
-    parts = [simulate(table.category(name), trees) for name in names]
+    parts = [simulate(table.category(name), trees, rule) for name in names]
     columns = ["tree", "nodes", "tokens per round", "accepted per round", "acceptance by depth", *names]
-    view = Table(*columns, *([] if times is None else ["predicted speed-up"]))
-    for i, (text, one) in enumerate(zip(options.trees, simulate(table, trees), strict=True)):
+    view = Table(*columns, *_speed_columns(times), *([] if rule.lossless else ["judged rightly"]))
+    for i, (text, one) in enumerate(zip(options.trees, simulate(table, trees, rule), strict=True)):
         cells = [text, str(one.tree.size), f"{one.tokens_per_round:.3f}", f"{one.accepted_per_round:.3f}"]
         cells.append(" ".join(f"{share:.2f}" for share in one.acceptance_by_depth))
         cells += [f"{part[i].tokens_per_round:.3f}" for part in parts]
-        cells += [] if times is None else [f"{times.speedup(one.tree.size, one.tokens_per_round):.2f}"]
-        view.add_row(*cells)
+        view.add_row(*cells, *_speed(times, one), *([] if rule.lossless else [f"{one.on_text:.0%} of rounds"]))
     Console().print(view)
     return 0
+
+
+def _table(options: argparse.Namespace):  # type: ignore[no-untyped-def]  # RankTable is imported late
+    import specjax as sj
+    from specjax.analysis.table import RankTable
+
+    table = RankTable.load(options.ranks)
+    if (options.model is None) != (options.heads is None):
+        raise sj.ConfigError(f"--model is {options.model}, --heads is {options.heads}; give both, or neither.")
+    if options.model is None:
+        return table
+    model = sj.load_model(options.model, dtype=table.manifest["dtype"])
+    return table.check(model, sj.load_heads(options.heads, model.config, dtype=table.manifest["heads_dtype"]))
+
+
+def _speed_columns(times) -> list[str]:  # type: ignore[no-untyped-def]
+    return [] if times is None else ["predicted tokens/s", "predicted speed-up"]
+
+
+def _speed(times, one) -> list[str]:  # type: ignore[no-untyped-def]
+    if times is None:
+        return []
+    of = one.tree.size, one.tokens_per_round
+    return [f"{times.tokens_per_second(*of):.1f}", f"{times.speedup(*of):.2f}"]
 
 
 def _round_times(path: Path | None):  # type: ignore[no-untyped-def]  # RoundTimes is imported late

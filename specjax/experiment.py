@@ -22,10 +22,12 @@ from specjax.analysis.round_time import choose_tree
 from specjax.analysis.search import expected_tokens, greedy_tree
 from specjax.analysis.tree_search import packaged_trees
 from specjax.bench import Contender, Request, compare, environment
+from specjax.decode import capacity_for
 from specjax.drafters.base import NoDrafter
 from specjax.drafters.build import build_drafter
 from specjax.drafters.medusa import MedusaDrafter
 from specjax.errors import ConfigError, PromptError
+from specjax.heads import Heads
 from specjax.loading.heads import heads_metadata, load_heads
 from specjax.loading.load import Model, load_model
 from specjax.prompts import load_prompts
@@ -109,9 +111,7 @@ class DecodeExperiment:
                 models[dtype] = load_model(self.model, dtype=dtype)
         requests = self._requests(models[self.methods[0].dtype])
         chosen: dict[tuple[str, str], dict[str, Any]] = {}
-        contenders = [
-            self._contender(m, models[m.dtype], requests[0], chosen, output_dir, console) for m in self.methods
-        ]
+        contenders = [self._contender(m, models[m.dtype], requests, chosen, output_dir, console) for m in self.methods]
         with _progress(console) as progress:
             total = len(contenders) * (1 + len(requests) * self.decoding.repeats)
             task = progress.add_task("decoding", total=total)
@@ -150,7 +150,7 @@ class DecodeExperiment:
         self,
         method: Method,
         model: Model,
-        request: Request,
+        requests: list[Request],
         chosen: dict[tuple[str, str], dict[str, Any]],
         output_dir: Path,
         console: Console,
@@ -170,7 +170,11 @@ class DecodeExperiment:
             raise ConfigError(f"the method {method.name!r} drafts with Medusa heads, but names none; set heads.")
         heads = load_heads(method.heads, model.config, dtype=model.params.dtype)
         with console.status(f"choosing the tree for {method.name} on this machine"):
-            choice = choose_tree(model, heads, self._candidates(method), request.ids)
+            # The cost of a round depends on the cache: timed with the slots that decoding will have.
+            longest = max(len(request.ids) for request in requests)
+            capacity = capacity_for(longest, self.decoding.max_new_tokens, heads.config.num_heads)
+            candidates = self._candidates(method, model, heads)
+            choice = choose_tree(model, heads, candidates, requests[0].ids, capacity=capacity)
         chosen[method.name, method.dtype] = {
             "method": method.name,
             "nodes": choice.tree.size,
@@ -182,9 +186,9 @@ class DecodeExperiment:
         choice.tree.save(output_dir / f"tree_{method.name}.json")
         return Contender(method.name, model, MedusaDrafter(heads, choice.tree), method.acceptance)
 
-    def _candidates(self, method: Method) -> list[tuple[Tree, float]]:
+    def _candidates(self, method: Method, model: Model, heads: Heads) -> list[tuple[Tree, float]]:
         assert method.heads is not None
-        found = packaged_trees(method.heads, self.tree_sizes)
+        found = packaged_trees(method.heads, self.tree_sizes, model, heads)
         if found is not None:
             return found
         hits = heads_metadata(method.heads).get("hits")

@@ -1,5 +1,7 @@
 """Every notebook runs from top to bottom, and its stored form is the one that its source makes."""
 
+import re
+import time
 from pathlib import Path
 
 import jupytext
@@ -7,16 +9,18 @@ import nbclient
 import pytest
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
+LIMIT = 300  # seconds for a notebook; it takes less than 90 where nothing else runs
 NAMES = sorted(path.stem for path in FOLDER.glob("[0-9]*.py"))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_notebook_runs(name):
-    notebook = jupytext.read(FOLDER / f"{name}.py")
+    notebook, begin = jupytext.read(FOLDER / f"{name}.py"), time.perf_counter()
     nbclient.NotebookClient(
         notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": FOLDER}}
     ).execute()
     assert not [o for cell in notebook.cells for o in cell.get("outputs", ()) if o.output_type == "error"]
+    assert time.perf_counter() - begin < LIMIT
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -24,8 +28,17 @@ def test_the_stored_notebook_is_current_and_shows_its_figures(name):
     source, stored = jupytext.read(FOLDER / f"{name}.py"), jupytext.read(FOLDER / f"{name}.ipynb")
     assert [(c.cell_type, c.source) for c in source.cells] == [(c.cell_type, c.source) for c in stored.cells]
     outputs = [output for cell in stored.cells for output in cell.get("outputs", ())]
-    assert any("image/png" in output.get("data", {}) for output in outputs)
+    drawn = [output.data for output in outputs if "<Figure" in output.get("data", {}).get("text/plain", "")]
+    assert drawn
+    assert all("image/png" in data for data in drawn)
     assert not [output for output in outputs if output.output_type == "error"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_notebooks_use_the_public_surface(name):
+    imported = re.findall(r"^(?:from|import) (specjax[\w.]*)", (FOLDER / f"{name}.py").read_text(), re.MULTILINE)
+    assert imported
+    assert set(imported) <= {"specjax", "specjax.training"}  # and `from specjax import analysis`
 
 
 def test_there_are_notebooks():

@@ -6,7 +6,7 @@ from pathlib import Path
 import chex
 import jax
 import jax.numpy as jnp
-import matplotlib
+import matplotlib.pyplot
 import numpy as np
 import pytest
 

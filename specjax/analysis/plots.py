@@ -3,21 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-_GREY, _BLUE = "#9aa5b1", "#2f6db3"
-
-
-def _axes(title: str, ylabel: str, width: float = 6.0) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, 3.6), layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_title(title, loc="left", fontsize=11)
-    axes.set_ylabel(ylabel)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", alpha=0.25)
-    axes.set_axisbelow(True)
-    return figure, axes
+from specjax.analysis.figures import BLUE, GREY, new_axes
 
 
 def _width(bars: float) -> float:
@@ -29,7 +17,9 @@ def tokens_per_round(result: dict[str, Any]) -> Figure:
     methods = [m for m in result["methods"] if "per_category" in m]
     categories = list(dict.fromkeys(c for m in methods for c in m["per_category"]))
     bars = len(methods) * (len(categories) + 1)
-    figure, axes = _axes("Tokens per target forward (1 = autoregressive)", "tokens per round", _width(bars / 2))
+    figure, axes = new_axes(
+        "Tokens per target forward (1 = autoregressive)", "", "tokens per round", (_width(bars / 2), 3.6), "y"
+    )
     width = 0.8 / max(len(methods), 1)
     for i, method in enumerate(methods):
         values = [method["per_category"][c]["tokens_per_round"] for c in categories] + [method["tokens_per_round"]]
@@ -44,7 +34,7 @@ def tokens_per_round(result: dict[str, Any]) -> Figure:
 
 def acceptance_by_depth(result: dict[str, Any]) -> Figure:
     """The share of rounds that accepted at least d drafts."""
-    figure, axes = _axes("Acceptance by depth", "share of rounds that accept at least d drafts")
+    figure, axes = new_axes("Acceptance by depth", "d", "share of rounds that accept at least d drafts", grid="y")
     deepest = 1
     for method in result["methods"]:
         shares = method["acceptance_by_depth"]
@@ -52,7 +42,6 @@ def acceptance_by_depth(result: dict[str, Any]) -> Figure:
             axes.plot(range(1, len(shares) + 1), shares, marker="o", label=method["name"])
             deepest = max(deepest, len(shares))
     axes.set_xticks(range(1, deepest + 1))
-    axes.set_xlabel("d")
     axes.set_ylim(0, 1)
     if axes.lines:
         axes.legend(frameon=False)
@@ -62,11 +51,13 @@ def acceptance_by_depth(result: dict[str, Any]) -> Figure:
 def speed(result: dict[str, Any]) -> Figure:
     """Tokens per second of the decoding loop; the bar is the median, the line spans the prompts."""
     methods = result["methods"]
-    figure, axes = _axes("Decoding speed: median and range over prompts", "tokens per second", _width(len(methods)))
+    figure, axes = new_axes(
+        "Decoding speed: median and range over prompts", "", "tokens per second", (_width(len(methods)), 3.6), "y"
+    )
     middle = [m["tokens_per_second"]["median"] for m in methods]
     low = [m["tokens_per_second"]["median"] - m["tokens_per_second"]["min"] for m in methods]
     high = [m["tokens_per_second"]["max"] - m["tokens_per_second"]["median"] for m in methods]
-    colours = [_BLUE if "speedup" in m else _GREY for m in methods]
+    colours = [BLUE if "speedup" in m else GREY for m in methods]
     names = [m["name"] + (f"\n{m['speedup']['median']:.2f}x" if "speedup" in m else "") for m in methods]
     axes.bar(names, middle, color=colours, width=0.6, yerr=[low, high], capsize=4, ecolor="#444444")
     if len(names) > 8:

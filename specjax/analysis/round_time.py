@@ -8,12 +8,13 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+from jaxtyping import Float
 from rich.console import Console
 from rich.table import Table
 
 from specjax.analysis.search import expected_tokens, greedy_tree
 from specjax.bench import environment
-from specjax.decode import decode, prefill
+from specjax.decode import capacity_for, decode, prefill
 from specjax.drafters.medusa import MedusaDrafter
 from specjax.errors import ConfigError, DataError
 from specjax.heads import Heads
@@ -21,17 +22,35 @@ from specjax.loading.heads import heads_metadata, load_heads
 from specjax.loading.load import Model, load_model
 from specjax.tree import Tree
 
+_GENERIC_RANKS = 32
+
 
 def time_rounds(
-    model: Model, heads: Heads, trees: Sequence[Tree], prompt_ids: Sequence[int], *, rounds: int = 12, repeats: int = 3
+    model: Model,
+    heads: Heads,
+    trees: Sequence[Tree],
+    prompt_ids: Sequence[int],
+    *,
+    rounds: int = 12,
+    repeats: int = 3,
+    capacity: int | None = None,
 ) -> list[dict[str, float]]:
     """Milliseconds per round {median, min, max} for each tree, in the real decoding loop.
 
     `repeats` runs, alternating over the trees, of about `rounds` rounds each, after one to compile and warm up.
+
+    Args:
+      capacity: cache slots, `decode.capacity_for` of what is to be decoded: a round's cost depends on them. By default,
+        and at the least, as many as these runs need; the same for all trees.
+
+    Raises:
+      PromptError: a prompt that `generate` refuses, or a capacity that is not a whole number of prefill chunks.
     """
     ready = MedusaDrafter(heads, trees[0]).prepare(model.params)  # once: it is no part of a round
     drafters = [replace(ready, tree=tree) for tree in trees]
-    new = {"max_new_tokens": rounds * 2, "eos_token_ids": (), "capacity": 512}
+    tokens = rounds * 2
+    least = capacity_for(len(prompt_ids), tokens, max((tree.max_depth for tree in trees), default=0))
+    new = {"max_new_tokens": tokens, "eos_token_ids": (), "capacity": max(least, capacity or 0)}
     runs = [(drafter, prefill(model, prompt_ids, drafter=drafter, **new)) for drafter in drafters]  # type: ignore[arg-type]
     for drafter, state in runs:
         jax.block_until_ready(decode(model, state, drafter=drafter, eos_token_ids=()))
@@ -50,6 +69,7 @@ class RoundTimes:
 
     nodes: tuple[int, ...]
     milliseconds: tuple[float, ...]
+    device: str = ""
 
     def __post_init__(self) -> None:
         if len(self.nodes) != len(self.milliseconds) or not self.nodes or self.nodes[0] != 1:
@@ -70,9 +90,10 @@ class RoundTimes:
         """
         try:
             rows = sorted((int(r["nodes"]), float(r["milliseconds"]["median"])) for r in result["rows"])
-        except (KeyError, TypeError, ValueError) as error:
+            device = str(result.get("environment", {}).get("device", ""))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise DataError(f"this result holds no round times ({error!r}); make one with `specjax bench`.") from error
-        return cls(tuple(n for n, _ in rows), tuple(ms for _, ms in rows))
+        return cls(tuple(n for n, _ in rows), tuple(ms for _, ms in rows), device)
 
     def __call__(self, nodes: int) -> float:
         """Milliseconds for a tree of `nodes`, linear between the measured sizes.
@@ -87,6 +108,10 @@ class RoundTimes:
     def speedup(self, nodes: int, tokens_per_round: float) -> float:
         """Predicted ratio to autoregressive decoding."""
         return tokens_per_round * self(1) / self(nodes)
+
+    def tokens_per_second(self, nodes: int, tokens_per_round: float) -> float:
+        """Predicted speed of the decoding loop."""
+        return 1e3 * tokens_per_round / self(nodes)
 
 
 @dataclass(frozen=True)
@@ -105,15 +130,18 @@ def choose_tree(
     *,
     rounds: int = 12,
     repeats: int = 3,
+    capacity: int | None = None,
 ) -> Choice:
     """The candidate with the most predicted tokens per second on this machine, for this model, dtype and heads.
 
     Args:
       candidates: trees, each with its tokens per round as simulated or expected.
+      capacity: as in `time_rounds`.
 
     A row holds nodes, expected_tokens, the milliseconds per round {median, min, max}, and expected_tokens_per_second.
     """
-    times = time_rounds(model, heads, [tree for tree, _ in candidates], prompt_ids, rounds=rounds, repeats=repeats)
+    trees = [tree for tree, _ in candidates]
+    times = time_rounds(model, heads, trees, prompt_ids, rounds=rounds, repeats=repeats, capacity=capacity)
     rows: tuple[dict[str, Any], ...] = tuple(
         {
             "nodes": tree.size,
@@ -130,11 +158,14 @@ def choose_tree(
 
 @dataclass(frozen=True)
 class RoundTime:
-    """Times rounds of trees of several sizes; size 1 is autoregressive decoding."""
+    """Times rounds of trees of several sizes; size 1 is autoregressive decoding.
+
+    The cost depends on the number of nodes, not on which they are: heads without recorded accuracies get generic trees.
+    """
 
     name: str
     model: str
-    heads: str  # with accuracies in their metadata
+    heads: str
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     sizes: tuple[int, ...] = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
     prompt_tokens: int = 64
@@ -146,24 +177,33 @@ class RoundTime:
             raise ConfigError(f"sizes is {self.sizes}; it must begin with 1, autoregressive decoding, the baseline.")
         model = load_model(self.model, dtype=self.dtype)
         heads = load_heads(self.heads, model.config, dtype=self.dtype)
-        hits = np.asarray(heads_metadata(self.heads).get("hits", ()))
-        if not hits.size:
-            raise ConfigError(f"{self.heads} records no accuracies to build trees from.")
+        recorded = np.asarray(heads_metadata(self.heads).get("hits", ()))
+        hits = recorded if recorded.size else generic_hits(heads)
         prompt = (np.arange(self.prompt_tokens) + 1) % model.config.vocab_size
         trees = [greedy_tree(hits, size) for size in self.sizes]
-        candidates = [(tree, expected_tokens(tree, hits)) for tree in trees]
-        choice = choose_tree(model, heads, candidates, prompt.tolist(), repeats=self.repeats)
-        base = choice.rows[0]["milliseconds"]["median"]
-        rows = [row | {"cost": row["milliseconds"]["median"] / base} for row in choice.rows]
+        taken = time_rounds(model, heads, trees, prompt.tolist(), repeats=self.repeats)
+        times = RoundTimes(self.sizes, tuple(ms["median"] for ms in taken))
+        rows: list[dict[str, Any]] = []
         table = Table(title=f"{self.name}, {self.dtype}: time of a round")
         for column in ("nodes", "ms per round (min-max)", "cost against one step", "expected tokens per round", "gain"):
             table.add_column(column, justify="right")
-        for row in rows:
-            ms = row["milliseconds"]
-            spread = f"{ms['median']:.1f} ({ms['min']:.1f}-{ms['max']:.1f})"
-            gain = row["expected_tokens"] / row["cost"]
-            table.add_row(
-                str(row["nodes"]), spread, f"{row['cost']:.2f}", f"{row['expected_tokens']:.2f}", f"{gain:.2f}"
-            )
+        for tree, ms in zip(trees, taken, strict=True):
+            row: dict[str, Any] = {"nodes": tree.size, "milliseconds": ms, "cost": times(tree.size) / times(1)}
+            cells = [f"{ms['median']:.1f} ({ms['min']:.1f}-{ms['max']:.1f})", f"{row['cost']:.2f}"]
+            if recorded.size:
+                tokens = expected_tokens(tree, hits)
+                row |= {
+                    "expected_tokens": tokens,
+                    "expected_tokens_per_second": times.tokens_per_second(tree.size, tokens),
+                }
+                cells += [f"{tokens:.2f}", f"{tokens / row['cost']:.2f}"]
+            rows.append(row)
+            table.add_row(str(tree.size), *cells)
         console.print(table)
         return {"experiment": self.name, "config": asdict(self), "environment": environment(), "rows": rows}
+
+
+def generic_hits(heads: Heads) -> Float[np.ndarray, "C R"]:
+    """Accuracies that fall with head and rank, for trees of heads about which nothing is known."""
+    ranks = min(_GENERIC_RANKS, heads.config.output_size)
+    return np.outer(0.7 ** np.arange(heads.config.num_heads), 0.5 ** (1.0 + np.arange(ranks)))

@@ -1,20 +1,23 @@
-"""Searching draft trees: by the heads' marginal accuracies, by their joint law, and by what a round costs here.
+"""Searching draft trees: by the heads' marginal accuracies, by the joint law of their ranks, by where rounds begin.
 
 Every search maximises expected tokens per round, 1 + the sum of the probabilities that the nodes' rank paths are right;
-they differ in the probabilities. `joint_tree` takes a path's own frequency, `walk_tree` that
-among the roots which decoding visits. `greedy_tree` (Medusa, section 2.3.3) and
-`sequoia_tree` (Chen et al. 2024, section 3.1) multiply the heads' marginals as if heads were independent.
+they differ in the probabilities. `greedy_tree` (Medusa, section 2.3.3) and `sequoia_tree` (Chen et al. 2024, section
+3.1) multiply the heads' marginals as if heads were independent; `joint_tree` takes the paths' own frequencies, shrunk
+towards independence. `validated` chooses among such trees by cross-validation.
 """
 
 import heapq
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
-from specjax.analysis.ranks import RankTable
-from specjax.analysis.simulate import simulate, visited
+from specjax.analysis.simulate import check_tree
+from specjax.analysis.table import RankTable
 from specjax.errors import TreeError
 from specjax.tree import Tree
 
@@ -34,123 +37,214 @@ class Limits:
             if value is not None and value < 1:
                 raise TreeError(f"the {name} limit is {value}; expected at least 1, or None.")
 
+    def of(self, heads: int, ranks: int) -> tuple[int, int]:
+        """The depth and branching that this many heads and ranks leave."""
+        return min(heads, self.depth or heads), min(ranks, self.branching or ranks)
+
+    def largest(self, heads: int, ranks: int) -> int:
+        """The nodes of the largest tree, root included."""
+        depth, branching = self.of(heads, ranks)
+        return sum(branching**d for d in range(depth + 1))
+
+    def check(self, size: int, heads: int, ranks: int) -> None:
+        """Raises a `TreeError` for a size below 1 or beyond what heads, ranks and limits allow."""
+        most = self.largest(heads, ranks)
+        if not 1 <= size <= most:
+            depth, branching = self.of(heads, ranks)
+            raise TreeError(f"size is {size}; depth {depth} with {branching} children a node allows 1 to {most}.")
+
+
+UNLIMITED = Limits()
+
 
 def expected_tokens(tree: Tree, hits: Float[np.ndarray, "C R"]) -> float:
     """Expected tokens per round, the bonus included, if the heads were right independently of each other.
 
     Args:
       hits: hits[i, r]: the probability that the true token has rank r for head i.
+
+    Raises:
+      TreeError: a tree that is deeper or wider than `hits`.
     """
+    heads, ranks = hits.shape
+    if tree.max_depth > heads or max(tree.ranks) >= ranks:
+        raise TreeError(
+            f"the tree is {tree.max_depth} deep with ranks up to {max(tree.ranks)}; the accuracies are of {heads} "
+            f"heads and {ranks} ranks."
+        )
     return 1.0 + sum(_path_probability(path, hits) for path in tree.rank_paths)
 
 
 def joint_expected_tokens(tree: Tree, table: RankTable) -> float:
-    """Expected tokens per round over all of the table's positions as roots, with no assumption about the heads."""
-    frequency = _path_frequencies(table, tree.max_depth)
-    return 1.0 + sum(frequency.get(path, 0) for path in tree.rank_paths) / int(table.rooted.sum())
+    """Expected tokens per round over all of the table's positions as roots, with no assumption about the heads.
+
+    Raises:
+      TreeError: a tree deeper than the table has heads, or wider than its cap.
+    """
+    check_tree(table, tree)
+    ranks = table.ranks[table.rooted]
+    right = [(ranks[:, : len(path)] == path).all(1).mean() for path in tree.rank_paths]
+    return 1.0 + float(np.sum(right))
 
 
 def _path_probability(path: Sequence[int], hits: Float[np.ndarray, "C R"]) -> float:
     return float(np.prod([hits[depth, rank] for depth, rank in enumerate(path)]))
 
 
-def greedy_tree(hits: Float[np.ndarray, "C R"], size: int, limits: Limits = Limits()) -> Tree:
+def greedy_tree(hits: Float[np.ndarray, "C R"], size: int, limits: Limits = UNLIMITED) -> Tree:
     """The tree of `size` nodes with the most `expected_tokens`: Medusa's search.
 
     It adds the likeliest node whose parent stands until `size` nodes do. Optimal under independence, because a child is
-    never likelier than its parent.
+    never likelier than its parent, and siblings have the same below them.
 
     Raises:
       TreeError: a size below 1 or beyond what heads, ranks and limits allow.
     """
-    heads, ranks = hits.shape
-    depth = min(heads, limits.depth or heads)
-    branching = min(ranks, limits.branching or ranks)
-    most = sum(branching**d for d in range(depth + 1))
-    if not 1 <= size <= most:
-        raise TreeError(f"size is {size}; {depth} heads with {branching} ranks each allow 1 to {most}.")
-    order = np.argsort(-hits, axis=1, kind="stable")  # a sampled table may be out of order by chance
-    frontier: list[tuple[float, Path, Path]] = [(-hits[0, order[0, 0]], (0,), (int(order[0, 0]),))]
-    chosen: list[Path] = []
-    while len(chosen) < size - 1:
-        _, places, path = heapq.heappop(frontier)
-        chosen.append(path)
-        near = [(*places[:-1], places[-1] + 1)] if places[-1] + 1 < branching else []
-        near += [(*places, 0)] if len(places) < depth else []
-        for other in near:
-            ranked = tuple(int(order[d, place]) for d, place in enumerate(other))
-            heapq.heappush(frontier, (-_path_probability(ranked, hits), other, ranked))
-    return Tree.from_paths(chosen, name=f"independent_{size}", provenance={"search": "greedy, independent heads"})
+    limits.check(size, *hits.shape)
+    depth, branching = limits.of(*hits.shape)
+    paths = PathLaw(np.zeros((0, len(hits)), np.int16), hits, math.inf).likeliest(depth, branching)
+    provenance = {"search": "greedy, independent heads"}
+    chosen = [path for path, _ in itertools.islice(paths, size - 1)]
+    return Tree.from_paths(chosen, f"independent_{size}", provenance)
+
+
+@dataclass(frozen=True)
+class PathLaw:
+    """The law of rank paths, from counts that fall back on the heads' marginals where they are few.
+
+    P(rank | path) = (count of path and rank + shrinkage * hits[len(path), rank]) / (count of path + shrinkage), so that
+    shrinkage 0 is the empirical law and infinity that of independent heads.
+
+    Attributes:
+      ranks: the roots' rank paths that are counted; ranks outside [0, R) never match.
+      hits: the marginals.
+      shrinkage: how many positions the marginals count for.
+    """
+
+    ranks: Int[np.ndarray, "roots C"]
+    hits: Float[np.ndarray, "C R"]
+    shrinkage: float
+
+    def likeliest(self, depth: int, branching: int | None = None) -> Iterator[tuple[Path, float]]:
+        """The paths up to `depth` with their probabilities, likeliest first, ties to the shorter, then better-ranked.
+
+        A path is never likelier than its parent, which therefore comes before it.
+
+        Args:
+          branching: only the so many likeliest continuations of every path.
+        """
+        heap = [self._children((), 1.0, np.arange(len(self.ranks)))]
+        while heap:
+            minus, length, path, place, order, p, rows = heapq.heappop(heap)
+            yield path, -minus
+            if place + 1 < min(len(order), branching or len(order)):
+                rank = int(order[place + 1])
+                heapq.heappush(heap, (-p[rank], length, (*path[:-1], rank), place + 1, order, p, rows))
+            if length < depth:
+                inside = rows[self.ranks[rows, length - 1] == path[-1]]
+                heapq.heappush(heap, self._children(path, -minus, inside))
+
+    def _children(self, path: Path, probability: float, rows: np.ndarray) -> tuple[Any, ...]:
+        # The best child's entry in the heap; the path itself makes entries of equal probability distinct.
+        marginal, depth = self.hits[len(path)], len(path)
+        if math.isinf(self.shrinkage) or len(rows) + self.shrinkage == 0:
+            law = marginal
+        else:
+            column = self.ranks[rows, depth]
+            counts = np.bincount(column[(column >= 0) & (column < len(marginal))], minlength=len(marginal))
+            law = (counts + self.shrinkage * marginal) / (len(rows) + self.shrinkage)
+        p = probability * law
+        order = np.argsort(-p, kind="stable")
+        return -p[order[0]], depth + 1, (*path, int(order[0])), 0, order, p, rows
 
 
 def joint_tree(
-    table: RankTable, size: int, limits: Limits = Limits(), *, roots: Bool[np.ndarray, "n"] | None = None
+    table: RankTable,
+    size: int,
+    limits: Limits = UNLIMITED,
+    *,
+    roots: Bool[np.ndarray, "n"] | None = None,
+    shrinkage: float = 0.0,
 ) -> Tree:
-    """The tree of `size` nodes with the most `joint_expected_tokens`: the most frequent rank paths.
+    """The tree of `size` nodes with the most expected tokens per round under the joint law of the ranks, `PathLaw`.
 
-    A path is never more frequent than its parent's, so that the most frequent ones are a tree; ties go to the shorter
-    path, then to better ranks. A limit on branching keeps each node's most frequent children.
+    Without a limit on branching these are the likeliest paths (ties go to the shorter one, then to better ranks). With
+    one, a less likely child may have more below it: a knapsack over the likeliest paths, of which as many are taken as
+    it needs to be optimal over all.
 
     Args:
       roots: counts these positions alone; None: every one that can be a round's root.
+      shrinkage: of the counts towards independent heads, in positions; 0: the most `joint_expected_tokens`.
 
     Raises:
-      TreeError: a size below 1, or beyond the paths that occur in the table.
+      TreeError: a size below 1 or beyond what heads, ranks and limits allow.
     """
-    frequency = _path_frequencies(table, limits.depth or table.num_heads, roots)
-    ordered = sorted(frequency, key=lambda path: (-frequency[path], len(path), path))
+    limits.check(size, table.num_heads, table.cap)
+    depth, branching = limits.of(table.num_heads, table.cap)
+    law = PathLaw(table.ranks[table.rooted if roots is None else roots], table.hits(), shrinkage)
+    paths = law.likeliest(depth)
+    taken = list(itertools.islice(paths, size - 1))
+    chosen = [path for path, _ in taken]
     if limits.branching is not None:
-        children: dict[Path, int] = {(): 0}
-        kept = []
-        for path in ordered:
-            siblings = children.get(path[:-1])
-            if siblings is not None and siblings < limits.branching:
-                children[path[:-1]] = siblings + 1
-                children[path] = 0
-                kept.append(path)
-        ordered = kept
-    if not 1 <= size <= len(ordered) + 1:
-        raise TreeError(
-            f"size is {size}; the table's text has {len(ordered)} rank paths, which allow 1 to {len(ordered) + 1}."
-        )
-    provenance = {"search": "joint law of the ranks", "table": dict(table.manifest)}
-    return Tree.from_paths(ordered[: size - 1], name=f"joint_{size}", provenance=provenance)
-
-
-def walk_tree(table: RankTable, size: int, limits: Limits = Limits(), *, iterations: int = 5) -> Tree:
-    """The tree of `size` nodes with the most simulated tokens per round among those that the other searches lead to.
-
-    What decoding weighs is not every position but those where a round begins, which depends on the tree: after a long
-    path the next root stands where drafts have just failed. From the joint and the independent tree, the joint search
-    is repeated on the roots that the tree before visits; the best of all these trees on this text is taken.
-
-    Raises:
-      TreeError: as `joint_tree`.
-    """
-    candidates = [joint_tree(table, size, limits), greedy_tree(table.hits(), size, limits)]
-    for tree in tuple(candidates):
-        for _ in range(iterations):
-            tree = joint_tree(table, size, limits, roots=visited(table, tree))
-            if tree in candidates:
+        taken += itertools.islice(paths, 3 * size)
+        while True:
+            worth, chosen = _knapsack(taken, size - 1, branching)
+            following = next(paths, None)
+            # With k paths from beyond, each worth at most the next one, the others are worth at most worth[-1 - k].
+            k = np.arange(size)
+            if following is None or worth[-1] >= (worth[::-1] + k * following[1]).max() - 1e-12:
                 break
-            candidates.append(tree)
-    best = max(simulate(table, candidates), key=lambda one: one.tokens_per_round).tree
-    provenance = {"search": "joint law of the ranks at the roots of the walk", "table": dict(table.manifest)}
-    return replace(best, name=f"walk_{size}", provenance=provenance)
+            taken += [following, *itertools.islice(paths, len(taken))]
+    provenance = {"search": "joint law of the ranks", "shrinkage": shrinkage}
+    return Tree.from_paths(chosen, f"joint_{size}", provenance)
 
 
-def _path_frequencies(table: RankTable, depth: int, roots: Bool[np.ndarray, "n"] | None = None) -> dict[Path, int]:
-    """How many positions have each rank path, up to `depth` and below the cap, as their next tokens' ranks."""
-    frequency: dict[Path, int] = {}
-    ranks = table.ranks[table.rooted if roots is None else roots]
-    for d in range(1, min(depth, table.num_heads) + 1):
-        known = ((ranks[:, :d] >= 0) & (ranks[:, :d] < table.cap)).all(1)
-        paths, counts = np.unique(ranks[known, :d], axis=0, return_counts=True)
-        frequency |= {tuple(path): int(n) for path, n in zip(paths.tolist(), counts, strict=True)}
-    return frequency
+def _knapsack(
+    paths: Sequence[tuple[Path, float]], drafts: int, branching: int
+) -> tuple[Float[np.ndarray, "drafts+1"], list[Path]]:
+    """The most that a tree of m of these paths is worth, for m to `drafts`, and the paths of the best of `drafts`.
+
+    Every path's parent must come before it; at most `branching` children per node. -inf: there is no such tree.
+    """
+    children: dict[Path, list[Path]] = {(): []}
+    worth = dict(paths)
+    for path, _ in paths:
+        children[path] = []
+        children[path[:-1]].append(path)
+    below: dict[Path, np.ndarray] = {}  # [m]: the most that m nodes below a path are worth
+    given: dict[Path, list[np.ndarray]] = {}  # for every child [b, m]: nodes in its subtree, itself included
+    for path in reversed(children):  # children before parents
+        best = np.full((branching + 1, drafts + 1), -np.inf)
+        best[0, 0] = 0.0
+        given[path] = []
+        for child in children[path]:
+            mine = worth[child] + below.pop(child)
+            better, took = best.copy(), np.zeros(best.shape, int)
+            for nodes in range(1, drafts + 1):
+                if mine[nodes - 1] == -np.inf:
+                    break
+                option = best[:-1, : drafts + 1 - nodes] + mine[nodes - 1]
+                wins = option > better[1:, nodes:]
+                better[1:, nodes:] = np.where(wins, option, better[1:, nodes:])
+                took[1:, nodes:] = np.where(wins, nodes, took[1:, nodes:])
+            best = better
+            given[path].append(took)
+        below[path] = best.max(0)
+        given[path].append(best.argmax(0)[None])
+
+    def pick(path: Path, nodes: int) -> list[Path]:
+        *steps, number = given[path]
+        b, found = int(number[0, nodes]), []
+        for child, took in zip(reversed(children[path]), reversed(steps), strict=True):
+            if there := int(took[b, nodes]):
+                found += [child, *pick(child, there - 1)]
+                b, nodes = b - 1, nodes - there
+        return found
+
+    return below[()], pick((), drafts) if np.isfinite(below[()][drafts]) else []
 
 
-def sequoia_tree(hits: Float[np.ndarray, "C R"], size: int, limits: Limits = Limits()) -> Tree:
+def sequoia_tree(hits: Float[np.ndarray, "C R"], size: int, limits: Limits = UNLIMITED) -> Tree:
     """The tree of `size` nodes with the most `expected_tokens`, by Sequoia's dynamic programme.
 
     `best[m]` at a depth is the most that a subtree of m nodes brings below a node there; its children are filled rank
@@ -160,11 +254,8 @@ def sequoia_tree(hits: Float[np.ndarray, "C R"], size: int, limits: Limits = Lim
     Raises:
       TreeError: a size below 1 or beyond what heads, ranks and limits allow.
     """
-    heads, ranks = hits.shape
-    depth, branching = min(heads, limits.depth or heads), min(ranks, limits.branching or ranks)
-    most = sum(branching**d for d in range(depth + 1))
-    if not 1 <= size <= most:
-        raise TreeError(f"size is {size}; {depth} heads with {branching} ranks each allow 1 to {most}.")
+    limits.check(size, *hits.shape)
+    depth, branching = limits.of(*hits.shape)
     drafts = size - 1
     order = np.argsort(-hits, axis=1, kind="stable")[:, :branching]
     nothing = np.full(drafts + 1, -np.inf)
@@ -200,12 +291,3 @@ def sequoia_tree(hits: Float[np.ndarray, "C R"], size: int, limits: Limits = Lim
 
     provenance = {"search": "Sequoia's dynamic programme, independent heads"}
     return Tree.from_paths(paths(0, drafts, ()), name=f"sequoia_{size}", provenance=provenance)
-
-
-# By name: (table, size, limits) -> the best tree of that size.
-SEARCHES: Mapping[str, Callable[[RankTable, int, Limits], Tree]] = {
-    "walk": walk_tree,
-    "joint": joint_tree,
-    "independent": lambda table, size, limits: greedy_tree(table.hits(), size, limits),
-    "sequoia": lambda table, size, limits: sequoia_tree(table.hits(), size, limits),
-}

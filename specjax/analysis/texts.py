@@ -37,6 +37,23 @@ def greedy_answers(
     return [texts[i] for i in range(len(ids))]
 
 
+def per_category(categories: Sequence[str], count: int) -> list[int]:
+    """The numbers of the first `count` items of each category, in order: a sample of all kinds.
+
+    Raises:
+      DataError: a count below 1.
+    """
+    if count < 1:
+        raise DataError(f"the count per category is {count}; expected at least 1.")
+    taken: dict[str, int] = {}
+    kept = []
+    for i, category in enumerate(categories):
+        taken[category] = taken.get(category, 0) + 1
+        if taken[category] <= count:
+            kept.append(i)
+    return kept
+
+
 def conversation_texts(conversations: Sequence[Conversation], category: str = "distilled") -> list[Text]:
     """Every assistant turn of at least two tokens, after all that stands before it."""
     parts = [(before, tokens) for item in conversations for before, tokens, _ in turns(item)]

@@ -2,16 +2,16 @@
 
 from collections.abc import Sequence
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
 
+from specjax.analysis.figures import EDGE, INK, ROOT
 from specjax.errors import TreeError
 from specjax.tree import Tree
 
-_INK, _EDGE, _ROOT = "#22313f", "#a9b4bf", "#e4572e"
 _NUMBERED_EDGES = 24  # beyond this many edges only their colour speaks
 
 
@@ -37,7 +37,7 @@ def draw_tree(
 
     Args:
       tree: the topology.
-      ax: where to draw; by default a new figure sized for the tree.
+      ax: where to draw; by default a new figure sized for the tree, `axes.figure`.
       labels: M texts to stand beside the nodes, e.g. their tokens.
       edge_values: M numbers in [0, 1] for the edges into the nodes, e.g. acceptance rates; NaN and the root's are not
         drawn.
@@ -58,19 +58,17 @@ def draw_tree(
 
     if ax is None:
         size = (2.2 + 1.7 * tree.max_depth, 1.2 + 0.27 * len(tree.leaves))
-        _, ax = plt.subplots(figsize=size, layout="constrained")
+        ax = Figure(figsize=size, layout="constrained").add_subplot()
     positions = layout(tree)
     colours = ScalarMappable(Normalize(0, 1), "viridis_r")
     for node in range(1, tree.size):
         _draw_edge(ax, positions[tree.parents[node]], positions[node], values[node], colours, tree.size)
 
     x, y = positions.T
-    fill, rim = [_ROOT, *["white"] * (tree.size - 1)], [_ROOT, *[_INK] * (tree.size - 1)]
+    fill, rim = [ROOT, *["white"] * (tree.size - 1)], [ROOT, *[INK] * (tree.size - 1)]
     ax.scatter(x, y, s=150, c=fill, edgecolors=rim, linewidths=1.1, zorder=3)
     for node in range(1, tree.size):
-        ax.text(
-            x[node], y[node], str(tree.ranks[node]), ha="center", va="center_baseline", size=7, color=_INK, zorder=4
-        )
+        ax.text(x[node], y[node], str(tree.ranks[node]), ha="center", va="center_baseline", size=7, color=INK, zorder=4)
     plate = {"boxstyle": "square,pad=0.12", "fc": "white", "ec": "none"}
     for node, label in enumerate(labels or ()):
         ax.annotate(
@@ -80,22 +78,22 @@ def draw_tree(
             textcoords="offset points",
             va="center_baseline",
             size=7,
-            color=_INK,
+            color=INK,
             zorder=5,
             bbox=plate,
         )
 
-    ax.set_title(f"{tree.name or 'draft tree'}: {tree.size - 1} drafts, depth {tree.max_depth}", size=10, color=_INK)
+    ax.set_title(f"{tree.name or 'draft tree'}: {tree.size - 1} drafts, depth {tree.max_depth}", size=10, color=INK)
     ax.set_xticks(range(tree.max_depth + 1), ["root", *(f"depth {d}" for d in range(1, tree.max_depth + 1))])
     ax.set_xlim(-0.25, tree.max_depth + (0.7 if labels else 0.25))
     ax.set_ylim(y.min() - 0.8, 0.8)
     ax.set_yticks([])
-    ax.tick_params(axis="x", length=0, labelsize=8, labelcolor=_INK)
+    ax.tick_params(axis="x", length=0, labelsize=8, labelcolor=INK)
     ax.spines[:].set_visible(False)
     if edge_values is not None:
         bar = ax.figure.colorbar(colours, ax=ax, shrink=0.6, aspect=30, pad=0.02, ticks=[0, 0.5, 1])
-        bar.set_label("acceptance rate", size=8, color=_INK)
-        bar.ax.tick_params(labelsize=8, labelcolor=_INK)
+        bar.set_label("acceptance rate", size=8, color=INK)
+        bar.ax.tick_params(labelsize=8, labelcolor=INK)
     return ax
 
 
@@ -107,7 +105,7 @@ def _draw_edge(
     x = parent[0] + (child[0] - parent[0]) * t
     y = parent[1] + (child[1] - parent[1]) * t * t * (3 - 2 * t)
     known = not np.isnan(value)
-    ax.plot(x, y, color=colours.cmap(value) if known else _EDGE, lw=0.8 + 2 * value if known else 1.0, zorder=1)
+    ax.plot(x, y, color=colours.cmap(value) if known else EDGE, lw=0.8 + 2 * value if known else 1.0, zorder=1)
     if known and size <= _NUMBERED_EDGES + 1:
         ax.text(
             x[15],
@@ -116,7 +114,7 @@ def _draw_edge(
             size=6.5,
             ha="center",
             va="center",
-            color=_INK,
+            color=INK,
             zorder=2,
             bbox={"boxstyle": "square,pad=0.1", "fc": "white", "ec": "none"},
         )

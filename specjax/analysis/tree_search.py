@@ -10,18 +10,21 @@ from rich.console import Console
 from rich.table import Table
 
 from specjax.analysis import rank_plots
-from specjax.analysis.ranks import RankTable, measure
+from specjax.analysis.ranks import measure
 from specjax.analysis.round_time import RoundTimes, time_rounds
-from specjax.analysis.search import SEARCHES, Limits
-from specjax.analysis.simulate import simulate, upper_bound
-from specjax.analysis.texts import greedy_answers
+from specjax.analysis.simulate import Simulation, simulate, upper_bound
+from specjax.analysis.table import RankTable
+from specjax.analysis.texts import greedy_answers, per_category
 from specjax.analysis.tree_plot import draw_tree
+from specjax.analysis.validate import SEARCHES, search_trees
 from specjax.bench import Contender, Request, compare, environment
+from specjax.decode import capacity_for
 from specjax.drafters.base import NoDrafter
 from specjax.drafters.medusa import MedusaDrafter
 from specjax.errors import ConfigError
+from specjax.heads import Heads
 from specjax.loading.heads import load_heads, packaged_ranks
-from specjax.loading.load import load_model
+from specjax.loading.load import Model, load_model
 from specjax.prompts import load_prompts
 from specjax.tree import Tree
 
@@ -39,7 +42,7 @@ class TreeSearch:
     max_new_tokens: int = 128
     sizes: tuple[int, ...] = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
     timed_sizes: tuple[int, ...] = (2, 4, 6, 8, 12, 16)  # decoded with, to check the prediction
-    timed_prompts: int = 10
+    timed_per_category: int = 2  # prompts of each category to decode
     repeats: int = 2
 
     def run(self, output_dir: Path, console: Console) -> dict[str, Any]:
@@ -53,74 +56,85 @@ class TreeSearch:
         with console.status("measuring ranks"):
             prompts = load_prompts(self.prompts)
             texts = greedy_answers(model, prompts, max_new_tokens=self.max_new_tokens)
-            checked = measure(model, heads, [text for text in texts if len(text.answer) > 1], cap=searched.cap)
+            texts = [text for text in texts if len(text.answer) > 1]
+            checked = measure(model, heads, texts, cap=searched.cap)
         checked.save(output_dir / "check.ranks.npz")
 
-        trees = {name: [search(searched, n, Limits()) for n in self.sizes] for name, search in SEARCHES.items()}
-        rows: list[dict[str, Any]] = [
-            {
-                "search": name,
-                "nodes": tree.size,
-                "searched": found.tokens_per_round,
-                "checked": other.tokens_per_round,
-            }
-            for name, family in trees.items()
-            for tree, found, other in zip(family, simulate(searched, family), simulate(checked, family), strict=True)
-        ]
+        trees = {name: search_trees(searched, self.sizes, search=name) for name in SEARCHES}
+        rows = [row for name, found in trees.items() for row in _rows(name, found, checked)]
         bounds = {
             "searched": [upper_bound(searched, d) for d in range(1, searched.num_heads + 1)],
             "checked": [upper_bound(checked, d) for d in range(1, checked.num_heads + 1)],
         }
+        family = [one.tree for one in trees["walk"]]
+        sampled = per_category(checked.categories, self.timed_per_category)
+        requests = [Request(tuple(int(t) for t in texts[i].prompt), texts[i].category) for i in sampled]
         with console.status("timing rounds"):
-            family = [Tree.chain(0), *trees["walk"]]
+            longest = max(len(request.ids) for request in requests)
+            capacity = capacity_for(longest, self.max_new_tokens, searched.num_heads)
             prompt = np.concatenate([texts[0].prompt, texts[0].answer]).tolist()[:128]
-            taken = time_rounds(model, heads, family, prompt, repeats=5)
-        times = RoundTimes(tuple(t.size for t in family), tuple(row["median"] for row in taken))
-        simulated = {row["nodes"]: row["searched"] for row in rows if row["search"] == "walk"}
-        predicted = {n: times.speedup(n, tokens) for n, tokens in simulated.items()}
-        best = max(predicted, key=predicted.__getitem__)
-        chosen = next(tree for tree in trees["walk"] if tree.size == best)
-        chosen.save(output_dir / "tree.json")
+            taken = time_rounds(model, heads, [Tree.chain(0), *family], prompt, repeats=5, capacity=capacity)
+        times = RoundTimes((1, *self.sizes), tuple(row["median"] for row in taken))
+        best = max(trees["walk"], key=lambda one: times.tokens_per_second(one.tree.size, one.tokens_per_round)).tree
+        best.save(output_dir / "tree.json")
 
-        step = max(1, len(texts) // self.timed_prompts)
-        requests = [Request(tuple(int(t) for t in text.prompt), text.category) for text in texts[::step]]
-        timed = [tree for tree in trees["walk"] if tree.size in self.timed_sizes or tree is chosen]
+        timed = [tree for tree in family if tree.size in self.timed_sizes or tree is best]
         contenders = [Contender("autoregressive", model, NoDrafter())]
-        contenders += [Contender(f"walk_{t.size}", model, MedusaDrafter(heads, t)) for t in timed]
+        contenders += [Contender(f"walk_{tree.size}", model, MedusaDrafter(heads, tree)) for tree in timed]
         with console.status("decoding, to check the prediction"):
             measured = compare(contenders, requests, max_new_tokens=self.max_new_tokens, repeats=self.repeats)
-        speed = {m["tree_nodes"]: m["speedup"]["median"] for m in measured[1:]}
-        self._show(console, rows, predicted, speed, best)
-        self._figures(output_dir, searched, checked, rows, bounds, predicted, measured, chosen)
+        # Of every tree: predicted from the text that it was searched on, and from the very texts that are decoded.
+        same = simulate(checked.select(lambda i: i in set(sampled)), family)
+        predictions = [
+            {
+                "nodes": n,
+                "milliseconds": ms,
+                "searched_text": _prediction(times, n, found.tokens_per_round),
+                "same_text": _prediction(times, n, here.tokens_per_round),
+            }
+            for n, ms, found, here in zip(self.sizes, taken[1:], trees["walk"], same, strict=True)
+        ]
+        speed = {m["tree_nodes"]: m["tokens_per_second"]["median"] for m in measured[1:]}
+        self._show(console, rows, predictions, measured, best.size)
+        self._figures(output_dir, searched, checked, rows, bounds, predictions, measured, best)
         return {
             "experiment": self.name,
             "config": asdict(self),
             "environment": environment(),
             "text": {"searched": dict(searched.manifest), "checked": dict(checked.manifest)},
             "rows": rows,
+            "error_on_other_text": {name: _errors([r for r in rows if r["search"] == name]) for name in SEARCHES},
             "upper_bounds_by_depth": bounds,
-            "round_times": [{"nodes": n.size, "milliseconds": ms} for n, ms in zip(family, taken, strict=True)],
-            "predicted_speedup": predicted,
+            "autoregressive_milliseconds": taken[0],
+            "predictions": predictions,
             "measured": measured,
-            "chosen_nodes": best,
-            "chosen_speed_against_the_measured_best": speed[best] / max(speed.values()),
+            "chosen_nodes": best.size,
+            "chosen_speed_against_the_measured_best": speed[best.size] / max(speed.values()),
         }
 
     def _show(
         self,
         console: Console,
         rows: Sequence[dict[str, Any]],
-        predicted: dict[int, float],
-        speed: dict[int, float],
+        predictions: Sequence[dict[str, Any]],
+        measured: Sequence[dict[str, Any]],
         best: int,
     ) -> None:
-        table = Table(title=f"{self.name}: tokens per round on other text, simulated; speed-up of the walk trees")
-        for column in ("nodes", *SEARCHES, "predicted", "measured"):
+        table = Table(title=f"{self.name}: tokens per round on other text, simulated; tokens/s of the walk trees")
+        for column in ("nodes", *SEARCHES, "predicted", "on the same text", "measured"):
             table.add_column(column, justify="right")
-        for n in self.sizes:
+        speed = {m["tree_nodes"]: m["tokens_per_second"]["median"] for m in measured[1:]}
+        for one in predictions:
+            n = one["nodes"]
             cells = [f"{next(r['checked'] for r in rows if (r['search'], r['nodes']) == (s, n)):.3f}" for s in SEARCHES]
-            table.add_row(str(n), *cells, f"{predicted[n]:.2f}", f"{speed[n]:.2f}" if n in speed else "")
+            cells += [f"{one[text]['tokens_per_second']:.1f}" for text in ("searched_text", "same_text")]
+            table.add_row(str(n), *cells, f"{speed[n]:.1f}" if n in speed else "")
         console.print(table)
+        error = _errors([row for row in rows if row["search"] == "walk"])
+        console.print(
+            f"tokens per round on other text than searched: {100 * error['mean']:+.1f}% of the prediction on average, "
+            f"at most {100 * error['largest']:.1f}% off"
+        )
         console.print(f"chosen: {best} nodes, measured at {speed[best] / max(speed.values()):.2f} of the best")
 
     def _figures(
@@ -130,7 +144,7 @@ class TreeSearch:
         checked: RankTable,
         rows: Sequence[dict[str, Any]],
         bounds: dict[str, list[float]],
-        predicted: dict[int, float],
+        predictions: Sequence[dict[str, Any]],
         measured: Sequence[dict[str, Any]],
         chosen: Tree,
     ) -> None:
@@ -140,30 +154,82 @@ class TreeSearch:
         save("rank_heatmap", rank_plots.rank_heatmap(checked))
         save("accuracy_by_head", rank_plots.accuracy_by_head(checked))
         save("accuracy_by_category", rank_plots.accuracy_by_category(checked))
+        save("accuracy_by_entropy", rank_plots.accuracy_by_entropy(checked))
         save("calibration", rank_plots.calibration(checked))
         curves = {s: [(r["nodes"], r["checked"]) for r in rows if r["search"] == s] for s in SEARCHES}
-        limits = {f"infinite tree of depth {d}": value for d, value in enumerate(bounds["checked"], 1)}
+        limits = {
+            f"any tree of depth {d}, ranks below {checked.cap}": value for d, value in enumerate(bounds["checked"], 1)
+        }
         save("tokens_against_nodes", rank_plots.tokens_against_nodes(curves, limits))
-        speed = [(m["tree_nodes"], m["speedup"]["median"]) for m in measured[1:]]
-        save(
-            "speedup_against_nodes",
-            rank_plots.speedup_against_nodes({"predicted": list(predicted.items()), "measured": speed}),
-        )
-        simulated = {r["nodes"]: r["checked"] for r in rows if r["search"] == "walk"}
-        pairs = {"tokens per round": [(simulated[m["tree_nodes"]], m["tokens_per_round"]) for m in measured[1:]]}
-        save("predicted_against_measured", rank_plots.predicted_against_measured(pairs, "Tokens per round"))
+
+        def lines(key: str) -> dict[str, list[tuple[int, float]]]:
+            return {
+                "predicted, searched text": [(p["nodes"], p["searched_text"][key]) for p in predictions],
+                "predicted, same text": [(p["nodes"], p["same_text"][key]) for p in predictions],
+                "measured": [(m["tree_nodes"], m[key]["median"]) for m in measured[1:]],
+            }
+
+        save("speedup_against_nodes", rank_plots.speedup_against_nodes(lines("speedup")))
+        base = measured[0]["tokens_per_second"]["median"]
+        save("speed_against_nodes", rank_plots.speed_against_nodes(lines("tokens_per_second"), base))
+        for name, key, what in (
+            ("predicted_against_measured", "tokens_per_round", "Tokens per round"),
+            ("predicted_against_measured_speed", "tokens_per_second", "Tokens per second"),
+        ):
+            found = {m["tree_nodes"]: m[key] if key == "tokens_per_round" else m[key]["median"] for m in measured[1:]}
+            points = {
+                label: [(p[text][key], found[p["nodes"]]) for p in predictions if p["nodes"] in found]
+                for label, text in (("from the searched text", "searched_text"), ("from the same text", "same_text"))
+            }
+            save(name, rank_plots.predicted_against_measured(points, what))
         axes = draw_tree(chosen, edge_values=rank_plots.edge_acceptance(checked, chosen).tolist())
         save("tree", axes.figure)
 
 
-def packaged_trees(heads: str, sizes: Sequence[int]) -> list[tuple[Tree, float]] | None:
+def _rows(search: str, found: Sequence[Simulation], checked: RankTable) -> list[dict[str, Any]]:
+    other = simulate(checked, [one.tree for one in found])
+    return [
+        {
+            "search": search,
+            "nodes": one.tree.size,
+            "searched": one.tokens_per_round,
+            "checked": there.tokens_per_round,
+            "error": there.tokens_per_round / one.tokens_per_round - 1,
+        }
+        for one, there in zip(found, other, strict=True)
+    ]
+
+
+def _errors(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """How far the checked text is from what the searched one promised: the signed mean, and the largest either way."""
+    errors = [row["error"] for row in rows]
+    return {"mean": float(np.mean(errors)), "largest": float(np.max(np.abs(errors)))}
+
+
+def _prediction(times: RoundTimes, nodes: int, tokens_per_round: float) -> dict[str, float]:
+    return {
+        "tokens_per_round": tokens_per_round,
+        "speedup": times.speedup(nodes, tokens_per_round),
+        "tokens_per_second": times.tokens_per_second(nodes, tokens_per_round),
+    }
+
+
+def packaged_trees(heads: str, sizes: Sequence[int], model: Model, loaded: Heads) -> list[tuple[Tree, float]] | None:
     """The best trees with their simulated tokens per round, from the rank table that lies beside shipped heads.
 
     None where there is no table: `specjax tree measure` makes one for other heads.
+
+    Args:
+      heads: where they were loaded from.
+      sizes: nodes, root included.
+      model: the target and
+      loaded: the heads that the table must have been measured with; in another dtype, its ranks are nearly theirs.
+
+    Raises:
+      DataError: another model's table, or other heads'.
     """
     path = packaged_ranks(heads)
     if path is None:
         return None
-    table = RankTable.load(path)
-    trees = [SEARCHES["walk"](table, size, Limits()) for size in sizes]
-    return [(one.tree, one.tokens_per_round) for one in simulate(table, trees)]
+    found = search_trees(RankTable.load(path).check(model, loaded, any_dtype=True), sizes)
+    return [(one.tree, one.tokens_per_round) for one in found]

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from specjax.analysis.ranks import Text, fingerprint, measure
+from specjax.analysis.ranks import Text, measure
 from specjax.bench import environment
 from specjax.errors import ConfigError
+from specjax.fingerprint import fingerprint
 from specjax.heads import Heads, MedusaConfig, init_heads
 from specjax.loading.heads import load_heads, save_heads
 from specjax.loading.load import Model

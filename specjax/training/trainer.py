@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from specjax.analysis.ranks import UNLABELLED, RankTable
 from specjax.analysis.simulate import accepted_lengths
+from specjax.analysis.table import UNLABELLED, RankTable
 from specjax.errors import ConfigError, DataError, TreeError
 from specjax.heads import Heads, draft_projection, project
 from specjax.model import dot

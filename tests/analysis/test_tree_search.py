@@ -4,14 +4,18 @@ import json
 
 import numpy as np
 import pytest
+from conftest import noisy_heads
 from rank_tables import table_of
 
 import specjax as sj
 from specjax.analysis import rank_plots
-from specjax.analysis.ranks import RankTable
-from specjax.analysis.search import walk_tree
+from specjax.analysis.round_time import time_rounds
+from specjax.analysis.search import Limits
 from specjax.analysis.simulate import simulate
-from specjax.analysis.tree_search import TreeSearch
+from specjax.analysis.table import RankTable
+from specjax.analysis.texts import per_category
+from specjax.analysis.tree_search import TreeSearch, packaged_trees
+from specjax.analysis.validate import SEARCHES
 from specjax.cli import main
 from specjax.prompts import load_prompts
 
@@ -31,7 +35,8 @@ def ranks(checkpoint, prompts, tmp_path_factory):
     file = tmp_path_factory.mktemp("ranks") / "t.npz"
     heads = str(checkpoint / "heads")
     command = ["tree", "measure", "--model", str(checkpoint), "--heads", heads, "--prompts", str(prompts)]
-    assert main([*command, "--dtype", "float32", "--max-new-tokens", "20", "--cap", "16", "--save", str(file)]) == 0
+    typical = ["--typical-temperature", "0.7", "--save", str(file)]
+    assert main([*command, "--dtype", "float32", "--max-new-tokens", "20", "--cap", "16", *typical]) == 0
     return file
 
 
@@ -49,13 +54,19 @@ def test_measured_tables_hold_the_models_own_answers(checkpoint, prompts, ranks,
 def test_optimise_saves_the_best_tree(ranks, tmp_path, capsys):
     table, file = RankTable.load(ranks), tmp_path / "tree.json"
     assert main(["tree", "optimise", "--ranks", str(ranks), "--nodes", "4", "--save", str(file)]) == 0
-    assert sj.Tree.load(file) == walk_tree(table, 4)
-    assert f"{simulate(table, [walk_tree(table, 4)])[0].tokens_per_round:.3f}" in capsys.readouterr().out
+    assert sj.Tree.load(file) == SEARCHES["walk"](table, 4, Limits())
+    (best,) = simulate(table, [SEARCHES["walk"](table, 4, Limits())])
+    assert f"{best.tokens_per_round:.3f}" in capsys.readouterr().out
     times = tmp_path / "result.json"
     rows = [{"nodes": n, "milliseconds": {"median": ms}} for n, ms in ((1, 10.0), (2, 10.0), (3, 50.0))]
     times.write_text(json.dumps({"rows": rows}))
     assert main(["tree", "optimise", "--ranks", str(ranks), "--round-times", str(times), "--save", str(file)]) == 0
     assert sj.Tree.load(file).size == 2
+    assert sj.Tree.load(file).provenance["round_times"]["nodes"] == [1, 2, 3]
+    capsys.readouterr()
+    small = ["--max-depth", "1", "--max-branching", "1", "--round-times", str(times)]
+    assert main(["tree", "optimise", "--ranks", str(ranks), *small]) == 0
+    assert "left out [3] nodes: the limits allow 2" in capsys.readouterr().out
     limited = ["tree", "optimise", "--ranks", str(ranks), "--nodes", "4", "--max-branching", "4", "--max-depth", "1"]
     assert main([*limited, "--search", "sequoia", "--save", str(file)]) == 0
     assert sj.Tree.load(file).max_depth == 1
@@ -66,6 +77,27 @@ def test_simulate_prints_every_tree(ranks, capsys, tmp_path):
     out = capsys.readouterr().out
     for tree in (sj.Tree.chain(1), sj.Tree.cartesian((3, 2))):
         assert f"{simulate(RankTable.load(ranks), [tree])[0].tokens_per_round:.3f}" in out
+
+    assert main(["tree", "simulate", "--ranks", str(ranks), "chain:2", "--typical", "0.09", "0.3"]) == 0
+    (typical,) = simulate(RankTable.load(ranks), [sj.Tree.chain(2)], sj.Typical(0.7))
+    out = capsys.readouterr().out
+    assert f"{typical.tokens_per_round:.3f}" in out
+    assert "judged" in out
+
+
+def test_rounds_are_timed_after_prompts_of_any_length(checkpoint):
+    model = sj.load_model(checkpoint)
+    heads = sj.load_heads(checkpoint / "heads", model.config)
+    (taken,) = time_rounds(model, heads, [sj.Tree.chain(1)], [1] * 600, rounds=2, repeats=1, capacity=128)
+    assert 0 < taken["min"] <= taken["median"] <= taken["max"]
+
+
+def test_samples_are_of_every_category():
+    categories = ["chat", "code"] * 5
+    assert per_category(categories, 2) == [0, 1, 2, 3]
+    assert per_category(["a", "a", "a", "b"], 1) == [0, 3]
+    with pytest.raises(sj.DataError, match="count per category is 0"):
+        per_category(categories, 0)
 
 
 def test_bench_gives_round_times(checkpoint, ranks, tmp_path, capsys):
@@ -78,6 +110,34 @@ def test_bench_gives_round_times(checkpoint, ranks, tmp_path, capsys):
     assert main(["tree", "optimise", "--ranks", str(ranks), "--round-times", times]) == 0
 
 
+def test_bench_takes_heads_without_recorded_accuracies(checkpoint, tmp_path):
+    model = sj.load_model(checkpoint)
+    heads = sj.load_heads(checkpoint / "heads", model.config)
+    sj.save_heads(tmp_path / "plain.safetensors", heads)
+    command = ["bench", "--model", str(checkpoint), "--heads", str(tmp_path / "plain.safetensors"), "--sizes", "1", "3"]
+    assert main([*command, "--dtype", "float32", "--output-dir", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "result.json").read_text())["rows"]
+    assert [row["nodes"] for row in rows] == [1, 3]
+    assert "expected_tokens" not in rows[1]
+
+
+def test_tables_of_other_heads_are_refused(checkpoint, ranks, tmp_path, capsys):
+    model = sj.load_model(checkpoint)
+    heads = sj.load_heads(checkpoint / "heads", model.config)
+    (tmp_path / "heads.ranks.npz").write_bytes(ranks.read_bytes())
+    sj.save_heads(tmp_path / "heads.safetensors", heads)
+    (found,) = packaged_trees(str(tmp_path / "heads.safetensors"), (3,), model, heads)
+    assert found[0].size == 3
+    other = noisy_heads(model, 2)
+    with pytest.raises(sj.DataError, match="measured with heads"):
+        packaged_trees(str(tmp_path / "heads.safetensors"), (3,), model, other)
+    sj.save_heads(tmp_path / "other.safetensors", other)
+    for name, code in (("heads", 0), ("other", 2)):
+        same = ["--model", str(checkpoint), "--heads", str(tmp_path / f"{name}.safetensors")]
+        assert main(["tree", "simulate", "--ranks", str(ranks), "chain:1", *same]) == code
+    assert "other weights" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [
@@ -86,6 +146,8 @@ def test_bench_gives_round_times(checkpoint, ranks, tmp_path, capsys):
         (["optimise", "--ranks", "RANKS", "--round-times", "nowhere.json"], "nowhere.json"),
         (["simulate", "--ranks", "RANKS", "chain:5"], "5 deep"),
         (["simulate", "--ranks", "RANKS", "nonsense"], "nonsense"),
+        (["simulate", "--ranks", "RANKS", "paths:12", "--typical", "0.09", "0.3"], "ranks below 10"),
+        (["simulate", "--ranks", "RANKS", "chain:1", "--model", "m"], "give both"),
     ],
 )
 def test_refusals_in_one_line(ranks, capsys, command, message):
@@ -100,7 +162,8 @@ def test_the_experiment_chooses_and_checks_a_tree(checkpoint, prompts, ranks, tm
 
     config = TreeSearch(
         "tiny", str(checkpoint), str(checkpoint / "heads"), "float32",
-        str(ranks), str(prompts), max_new_tokens=16, sizes=(2, 3, 5), timed_sizes=(2, 3, 5), timed_prompts=2, repeats=1,
+        str(ranks), str(prompts), max_new_tokens=16, sizes=(2, 3, 5), timed_sizes=(2, 3, 5), timed_per_category=1,
+        repeats=1,
     )  # fmt: skip
     result = config.run(tmp_path, Console())
     json.dumps(result)
@@ -110,9 +173,12 @@ def test_the_experiment_chooses_and_checks_a_tree(checkpoint, prompts, ranks, tm
     assert sj.Tree.load(tmp_path / "tree.json").size == result["chosen_nodes"]
     table = RankTable.load(tmp_path / "check.ranks.npz")
     for method in result["measured"][1:]:
-        tree = walk_tree(RankTable.load(ranks), method["tree_nodes"])
-        half = table.select(lambda i: i % 2 == 0)
-        assert simulate(half, [tree])[0].tokens_per_round == pytest.approx(method["tokens_per_round"])
+        (predicted,) = [p for p in result["predictions"] if p["nodes"] == method["tree_nodes"]]
+        # One prompt of each category was decoded: the first two.
+        tree = SEARCHES["walk"](RankTable.load(ranks), method["tree_nodes"], Limits())
+        both = simulate(table.select(lambda i: i < 2), [tree])[0]
+        assert both.tokens_per_round == pytest.approx(method["tokens_per_round"])
+        assert predicted["same_text"]["tokens_per_round"] == pytest.approx(method["tokens_per_round"])
     figures = {path.stem for path in tmp_path.glob("*.png")}
     assert figures >= {"rank_heatmap", "calibration", "tokens_against_nodes", "tree", "predicted_against_measured"}
 
@@ -121,6 +187,8 @@ def test_edge_acceptance_by_hand():
     table = table_of(ranks=[(0, 1), (0, 0), (2, 0), (0, 1), (9, 9), (0, 0), (0, 0)])
     rates = rank_plots.edge_acceptance(table, sj.Tree.from_paths([(0,), (1,), (0, 1), (1, 0)]))
     np.testing.assert_allclose(rates, [np.nan, 4 / 6, 0, 2 / 3, np.nan])
+    with pytest.raises(sj.TreeError, match="rank 8"):  # 9s were recorded as the cap, 8, and all beyond
+        rank_plots.edge_acceptance(table, sj.Tree.from_paths([(8,)]))
 
 
 def test_text_figures_take_any_text():

@@ -13,8 +13,8 @@ from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
 import specjax as sj
-from specjax.analysis.ranks import RankTable
 from specjax.analysis.simulate import simulate
+from specjax.analysis.table import RankTable
 from specjax.experiment import load_config, run_config
 from specjax.loading.heads import heads_metadata
 from specjax.training import loop

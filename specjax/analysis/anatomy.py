@@ -1,0 +1,70 @@
+"""A round taken apart: what was drafted, what the target said at every node, what was accepted."""
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+from specjax.acceptance import Greedy, top_token
+from specjax.decode import State, prefill, round_
+from specjax.drafters.base import Drafter
+from specjax.loading.load import Model
+from specjax.model import forward, unembed
+
+
+@dataclass(frozen=True)
+class RoundAnatomy:
+    """One greedy round, on the host.
+
+    Attributes:
+      before: the tokens that were committed before it, prompt included; the last is the root [length].
+      drafts: the token at every node, the root's first; -1 for a node without a draft [M].
+      choices: the target's own choice after every node [M].
+      accepted: the nodes of the accepted path, without the root.
+      committed: the tokens that the round added: accepted drafts, then the target's own, cut at the end of decoding.
+    """
+
+    before: Int[np.ndarray, "length"]
+    drafts: Int[np.ndarray, "M"]
+    choices: Int[np.ndarray, "M"]
+    accepted: tuple[int, ...]
+    committed: Int[np.ndarray, "k"]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "eos"))
+def _look(params, config, drafter, eos, state):  # type: ignore[no-untyped-def]
+    tree, acceptance = drafter.tree, Greedy()
+    _, draft_key, accept_key = jax.random.split(state.key, 3)
+    proposal = drafter.propose(params, state.draft, state.context, draft_key)
+    positions = state.cache.length + tree.depths
+    tokens = jnp.maximum(proposal.tokens, 0)
+    out = forward(params, config, tokens, cache=state.cache, positions=positions, mask=tree.ancestors)
+    logits = unembed(params, out.features)
+    verdict = acceptance(logits, proposal, tree, accept_key)
+    return proposal.tokens, top_token(logits), verdict.node, round_(params, config, drafter, acceptance, eos, state)
+
+
+def take_apart(
+    model: Model, prompt_ids: Sequence[int] | np.ndarray, *, drafter: Drafter, max_new_tokens: int = 128
+) -> Iterator[RoundAnatomy]:
+    """The rounds of greedy `generate`, one by one, each with what happened in it.
+
+    Slower than decoding: every round is computed twice, once to be looked at.
+
+    Raises:
+      PromptError: what `generate` refuses about the request, and a `max_new_tokens` of 0.
+      SpecJaxError: whatever `drafter.check` finds.
+    """
+    state: State = prefill(model, prompt_ids, drafter=drafter, max_new_tokens=max_new_tokens)
+    tree = drafter.tree
+    while not bool(state.finished):
+        length = int(state.length)
+        before = np.asarray(state.tokens[:length])
+        drafts, choices, node, state = _look(model.params, model.config, drafter, model.config.eos_token_ids, state)
+        path = tuple(n for n in np.flatnonzero(tree.ancestors[int(node)]).tolist() if n)
+        committed = np.asarray(state.tokens[length : int(state.length)])
+        yield RoundAnatomy(before, np.asarray(drafts), np.asarray(choices), path, committed)

@@ -1,0 +1,99 @@
+"""The rank pass at size: its speed and memory over many tokens, and how fast a thousand trees are then simulated."""
+
+import resource
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+
+from specjax.analysis.ranks import Text, measure
+from specjax.analysis.simulate import simulate
+from specjax.analysis.texts import greedy_answers
+from specjax.bench import environment
+from specjax.errors import ConfigError
+from specjax.loading.heads import load_heads
+from specjax.loading.load import load_model
+from specjax.prompts import load_prompts
+from specjax.tree import Tree
+
+
+@dataclass(frozen=True)
+class RankPass:
+    """Measures the same answers over and over until there are `tokens` of them, then simulates random trees.
+
+    The pass computes every sequence anew, so that its time and memory are those of as many different ones.
+    """
+
+    name: str
+    model: str
+    heads: str
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    prompts: str | None = None  # Spec-Bench JSONL; None: the ones that ship with specjax
+    max_new_tokens: int = 128
+    tokens: int = 200_000
+    trees: int = 1000
+    nodes: int = 64
+    seed: int = 0
+
+    def run(self, output_dir: Path, console: Console) -> dict[str, Any]:
+        """Writes the table to `output_dir` and gives speed, peak memory and the time of the simulation."""
+        if min(self.tokens, self.trees) < 1:
+            raise ConfigError(f"tokens is {self.tokens}, trees {self.trees}; expected at least 1 of each.")
+        model = load_model(self.model, dtype=self.dtype)
+        heads = load_heads(self.heads, model.config, dtype=self.dtype)
+        with console.status("answering prompts"):
+            answers = greedy_answers(model, load_prompts(self.prompts), max_new_tokens=self.max_new_tokens)
+        answers = [text for text in answers if len(text.answer) > 1]
+        texts: list[Text] = []
+        while (have := sum(len(text.answer) for text in texts)) < self.tokens:
+            texts.append(replace(answers[len(texts) % len(answers)]))
+        before = _peak_bytes()
+        with Progress(console=console) as progress:
+            task = progress.add_task("measuring ranks", total=have)
+            table = measure(model, heads, texts, progress=lambda n: progress.advance(task, n))
+        peak = _peak_bytes()
+        table.save(output_dir / "pass.ranks.npz")
+        rng = np.random.default_rng(self.seed)
+        trees = [random_tree(rng, self.nodes, table.num_heads, min(10, table.cap)) for _ in range(self.trees)]
+        simulate(table, trees[:1])
+        begin = time.perf_counter()
+        simulate(table, trees)
+        seconds = time.perf_counter() - begin
+        speed = table.manifest["tokens_per_second"]
+        console.print(f"{len(table.tokens)} tokens at {speed:.0f} a second; peak memory {peak / 2**30:.2f} GiB")
+        console.print(f"{self.trees} trees of {self.nodes} nodes over them: {seconds:.1f} s")
+        return {
+            "experiment": self.name,
+            "config": asdict(self),
+            "environment": environment(),
+            "tokens": len(table.tokens),
+            "tokens_per_second": speed,
+            "peak_bytes": peak,
+            "peak_bytes_before_the_pass": before,
+            "file_bytes": (output_dir / "pass.ranks.npz").stat().st_size,
+            "simulation_seconds": seconds,
+        }
+
+
+def random_tree(rng: np.random.Generator, nodes: int, depth: int, ranks: int) -> Tree:
+    """A tree that grows at random, each node below one that stands."""
+    paths: set[tuple[int, ...]] = set()
+    open_paths: list[tuple[int, ...]] = [()]
+    while len(paths) < nodes - 1:
+        path = (*open_paths[int(rng.integers(len(open_paths)))], int(rng.integers(ranks)))
+        if path not in paths:
+            paths.add(path)
+            if len(path) < depth:
+                open_paths.append(path)
+    return Tree.from_paths(paths)
+
+
+def _peak_bytes() -> int:
+    # The most this process has held; the model's weights and decoding are in it.
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
