@@ -11,7 +11,7 @@ On several hosts, each runs the same command with its own number, on directories
     specjax run experiments/train_smollm2_medusa2.py --output-dir DIR --mesh.model 1 \\
         --hosts.coordinator HOST:PORT --hosts.processes 2 --hosts.process-id 0
 
-Record: not run to its end yet. A full pass needs an accelerator or about a day of two CPU cores.
+Record: not run yet.
 """
 
 from specjax.training.distillation import Distillation

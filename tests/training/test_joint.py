@@ -178,8 +178,9 @@ def test_medusa2_fits_backbone_and_heads(tmp_path):
     before = jax.tree.map(np.array, model.params)
     heads = init_heads(sj.MedusaConfig(2, 16, 61, projection="shared"), model.params)
     settings = dataclasses.replace(
-        MEDUSA2, backbone_loss="text", remat=False, learning_rate=2e-2, lora_learning_rate=2e-2
-    )
+        MEDUSA2, backbone_loss="text", remat=False, epochs=8, checkpoint_every=500, lora=LoraConfig(8, 16.0, 0.05),
+        learning_rate=2e-2, lora_learning_rate=1e-2,
+    )  # fmt: skip
     fitted = fit_joint(
         model.config,
         model.params,
@@ -208,12 +209,17 @@ def test_medusa2_fits_backbone_and_heads(tmp_path):
     added = forward(model.params, model.config, tokens, adapters=adapters(fitted.lora, None)).features
     plain = forward(adapted.params, model.config, tokens).features
     np.testing.assert_allclose(plain, added, rtol=1e-5, atol=1e-5 * float(jnp.abs(added).max()))
-    tree = sj.Tree.chain(2)
-    out, old = (
-        sj.generate(adapted, [3], drafter=sj.MedusaDrafter(h, tree), max_new_tokens=40, eos_token_ids=())
+    # Drafts for the backbone that they were fitted with, and what the heads say at first.
+    rounds = [
+        np.mean([
+            sj.generate(
+                adapted, item.prompt, drafter=sj.MedusaDrafter(h, sj.Tree.chain(2)), max_new_tokens=8, eos_token_ids=()
+            ).tokens_per_round
+            for item in language(12, 3)
+        ])
         for h in (stored, heads)
-    )
-    assert out.tokens_per_round > old.tokens_per_round + 0.3
+    ]  # fmt: skip
+    assert rounds[0] > rounds[1] + 0.3
 
 
 def test_refusals(model, tmp_path):
