@@ -9,6 +9,7 @@ from rank_tables import table_of
 
 import specjax as sj
 from specjax.analysis import rank_plots
+from specjax.analysis.rank_pass import RankPass
 from specjax.analysis.round_time import time_rounds
 from specjax.analysis.search import Limits
 from specjax.analysis.simulate import simulate
@@ -181,6 +182,18 @@ def test_the_experiment_chooses_and_checks_a_tree(checkpoint, prompts, ranks, tm
         assert predicted["same_text"]["tokens_per_round"] == pytest.approx(method["tokens_per_round"])
     figures = {path.stem for path in tmp_path.glob("*.png")}
     assert figures >= {"rank_heatmap", "calibration", "tokens_against_nodes", "tree", "predicted_against_measured"}
+
+
+def test_the_rank_pass_reports_speed_and_memory(checkpoint, prompts, tmp_path):
+    from rich.console import Console
+
+    heads = str(checkpoint / "heads")
+    config = RankPass("tiny", str(checkpoint), heads, "float32", str(prompts), 20, tokens=200, trees=3, nodes=5)
+    result = config.run(tmp_path, Console())
+    assert result["tokens"] >= 200
+    assert RankTable.load(tmp_path / "pass.ranks.npz").manifest["tokens_per_second"] == result["tokens_per_second"]
+    assert 0 < result["peak_bytes_before_the_pass"] <= result["peak_bytes"]
+    assert result["simulation_seconds"] > 0
 
 
 def test_edge_acceptance_by_hand():
