@@ -20,9 +20,10 @@ def get_config() -> DecodeExperiment:
     methods = []
     for temperature in (0.0, 0.7, 1.0):
         suffix = f"_T{temperature:g}" if temperature else ""
-        methods.append(Method("autoregressive" + suffix, temperature=temperature))
+        settings = {"dtype": "float32", "temperature": temperature}
+        methods.append(Method("autoregressive" + suffix, **settings))
         methods += [
-            Method(name + suffix, heads=HEADS, tree=tree, drafter=kind, draft_model=DRAFT, temperature=temperature)
+            Method(name + suffix, heads=HEADS, tree=tree, drafter=kind, draft_model=DRAFT, **settings)
             for name, (kind, tree) in DRAFTERS.items()
         ]
     return DecodeExperiment(

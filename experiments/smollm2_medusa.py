@@ -29,18 +29,15 @@ def get_config() -> DecodeExperiment:
         name="smollm2_medusa",
         model="smollm2-135m-instruct",
         methods=(
-            Method("autoregressive"),
-            Method("medusa", heads=heads),
+            Method("autoregressive", dtype="float32"),
+            Method("medusa", dtype="float32", heads=heads),
             Method(
-                "ngram+medusa",
-                heads=heads,
-                drafter="ngram+medusa",
-                tree="chain:3+paths:0,1,2,0.0",
+                "ngram+medusa", dtype="float32", heads=heads, drafter="ngram+medusa", tree="chain:3+paths:0,1,2,0.0"
             ),
-            Method("autoregressive_f32", dtype="float32"),
-            Method("medusa_f32", dtype="float32", heads=heads, tree="cartesian:2,1"),
+            Method("autoregressive_bf16"),
+            Method("medusa_bf16", heads=heads, tree="paths:0,1,2,0.0,0.1"),
         ),
-        prompts=Prompts(per_category=4),
+        prompts=Prompts(per_category=3),
         decoding=Decoding(max_new_tokens=64),
-        tree_sizes=(2, 4, 6, 8, 12),
+        tree_sizes=(2, 4, 8),
     )

@@ -25,9 +25,9 @@ class FitDraftHeads(HeadFit):
 
     draft: str  # as `load_draft` takes it
     tokenizer: str  # the model whose tokens it speaks, as `load_model` takes it
-    prompts: int = 2048
+    prompts: int = 1024
     prompt_seed: int = 1000
-    batch_size: int = 128
+    batch_size: int = 1024
     max_answer_tokens: int = 128
     evaluation_share: float = 0.05
 
