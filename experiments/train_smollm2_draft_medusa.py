@@ -1,6 +1,8 @@
-"""Made the heads of the draft model that ships: a trained Qwen2 with heads of its own, for tests and notebooks.
+"""Makes heads for the draft model that ships: a trained Qwen2 with heads of its own.
 
 specjax run experiments/train_smollm2_draft_medusa.py --output-dir results/train_smollm2_draft_medusa
+
+Record: not run to its end yet, and no such heads ship.
 """
 
 from specjax.training.fit_draft_heads import FitDraftHeads

@@ -255,9 +255,13 @@ def run_file(path: Path, arguments: list[str], output_dir: Path | None = None) -
     Raises:
       ConfigError: a file that is no experiment, or an output directory that already holds a result.
     """
-    config, arguments = load_config(path), ["--prompts.file" if a == "--prompts" else a for a in arguments]
+    config = load_config(path)
+    if isinstance(getattr(config, "prompts", None), Prompts):
+        arguments = ["--prompts.file" if a == "--prompts" else a for a in arguments]
     directory = output_dir or Path("results") / path.stem / time.strftime("%Y%m%d-%H%M%S")
-    config = tyro.cli(type(config), default=config, args=arguments, prog=f"specjax run {path}")
+    # A field that may be None stays a group of options, not a subcommand.
+    how = (tyro.conf.AvoidSubcommands,)
+    config = tyro.cli(type(config), default=config, args=arguments, prog=f"specjax run {path}", config=how)
     return run_config(config, directory, Console())
 
 

@@ -223,7 +223,9 @@ def test_files_that_cannot_be_written_are_one_line(experiment, tmp_path, capsys)
 def test_the_shipped_experiments_load(file):
     config = load_config(file)
     assert callable(config.run)
-    trees = [method.tree for method in getattr(config, "methods", ())] + list(getattr(config, "trees", ()))
+    trees = [method.tree for method in getattr(config, "methods", ())]
+    if isinstance(getattr(config, "trees", None), tuple):
+        trees += config.trees
     trees += [tree for _, tree in getattr(config, "drafters", ())]
     for tree in trees:
         for part in tree.split("+"):

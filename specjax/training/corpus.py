@@ -120,8 +120,8 @@ def check_budget(tokens: int, config: ModelConfig, budget_gb: float) -> None:
     if needed > budget_gb:
         raise DataError(
             f"features for up to {tokens:,} tokens of width {config.hidden_size} take {needed:.2f} GB, the budget is "
-            f"{budget_gb:g} GB; use fewer or shorter conversations, raise feature_budget_gb, or keep no features "
-            "(data.features False) and let the trainer compute them on the fly."
+            f"{budget_gb:g} GB; use fewer or shorter conversations, raise feature_budget_gb, or fit with "
+            "features computed on the fly, as experiments/train_smollm2_medusa2.py does, and data.features False."
         )
 
 

@@ -169,17 +169,19 @@ def _user_turns(model: Model, data: Distillation, shard: int) -> list[str]:
     raise AssertionError("unreachable")
 
 
-def prepared(model: Model, data: Distillation, console: Console, *, features: bool = True) -> Split:
+def prepared(model: Model, data: Distillation, console: Console, *, features: bool = True, make: bool = True) -> Split:
     """The conversations to train on and to evaluate with; text that is missing is made.
 
     Args:
+      make: False only reads the shards that are there: of several processes one makes them.
       features: whether those that no shard keeps are computed now, by one pass of the target over the text.
 
     Raises:
       DataError: as `distilled`, `read_conversations`, `split` and `with_features`.
     """
     if data.chats is None:
-        text = read_shards(distilled(model, data, console))
+        there = sorted(Path(data.directory).glob("shard_*.npz"))[: data.shards]
+        text = read_shards(distilled(model, data, console) if make else there)
     else:
         limit = min(data.max_chat_tokens, model.config.max_positions)
         text = read_conversations(data.chats, chat_tokenizer(model), max_tokens=limit)

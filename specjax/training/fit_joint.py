@@ -1,5 +1,6 @@
 """The experiment that fits heads, and with Medusa-2 the backbone's LoRA changes, with features computed on the fly."""
 
+import functools
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,7 +19,8 @@ from specjax.loading.hf import save_hf
 from specjax.loading.load import Model, load_model
 from specjax.loading.tokenizer import Tokenizer
 from specjax.params import Params
-from specjax.training.distillation import Distillation, distilled, prepared
+from specjax.training.corpus import turns
+from specjax.training.distillation import Distillation, prepared
 from specjax.training.joint import JointConfig
 from specjax.training.joint_trainer import Fitted, fit_joint
 from specjax.training.lora import LoraConfig, merge
@@ -50,11 +52,12 @@ class FitJoint:
         self.hosts.join()
         mesh, first = self.mesh.build(), jax.process_index() == 0
         model = load_model(self.model, dtype=jnp.bfloat16)
-        if first and self.data.chats is None:
-            distilled(model, self.data, console)
+        read = functools.partial(prepared, model, self.data, console, features=False)
+        made = read() if first else None  # one process writes
         multihost_utils.sync_global_devices("distilled")
-        text, held_out = prepared(model, self.data, console, features=False)
-        answers, vocab = np.concatenate([item.answer for item in text]), model.config.vocab_size
+        text, held_out = made or read(make=False)
+        answers = np.concatenate([tokens for item in text for _, tokens, _ in turns(item)])
+        vocab = model.config.vocab_size
         size = self.reduced_vocab_size
         token_map = None if size is None else frequent_tokens(answers, size, vocab)
         shape = MedusaConfig(self.num_heads, model.config.hidden_size, vocab, self.num_layers, "shared", size)

@@ -102,6 +102,11 @@ def fit(
         saved = checkpoint.restore(checkpoints, {"state": state, "input": _as_arrays(iterator.get_state())})
         state = saved["state"]
         iterator.set_state(jax.tree.map(int, saved["input"]))
+        if not (directory / LOG).is_file():
+            raise CheckpointError(
+                f"{directory / LOG} is missing beside a checkpoint of step {first}; put it back, or name another "
+                "directory."
+            )
         lines = (directory / LOG).read_text("utf-8").splitlines()
         log = [record for record in map(json.loads, lines) if record["step"] <= first]
     elif evaluate is not None:
@@ -124,13 +129,14 @@ def fit(
         if done % checkpoint_every and done < steps:
             continue
         records = _records(jax.device_get(pending), done - len(pending) + 1)
-        # Saved only when it is known to be good.
-        bad = next((r for r in records if not math.isfinite(r["loss"])), None)
-        if bad is not None:
-            raise DataError(
-                f"the loss of step {bad['step']} is {bad['loss']}; lower the learning rate. The last good state is "
-                f"in {checkpoints}."
-            )
+        # Saved only when it is known to be good: a loss says nothing yet of the update that followed it.
+        for name in ("loss", "gradient_norm"):
+            bad = next((r for r in records if not math.isfinite(r.get(name, 0.0))), None)
+            if bad is not None:
+                raise DataError(
+                    f"the {name.replace('_', ' ')} of step {bad['step']} is {bad[name]}; lower the learning rate. The "
+                    f"last good state is in {checkpoints}."
+                )
         rate = len(pending) / (time.perf_counter() - began)
         amounts = {f"{name}_per_second": rate * amount for name, amount in (per_step or {}).items()}
         records[-1] |= {"steps_per_second": rate, **amounts}

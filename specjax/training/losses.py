@@ -234,9 +234,12 @@ def _rows(
 
 
 def label_ranks(logits: Float[Array, "C T V"], labels: Int[Array, "T C"]) -> Int[Array, "C T"]:
-    """How many tokens a head prefers to the true one (0: none), ties to the lowest id; -1 where unlabelled."""
+    """How many tokens a head prefers to the true one (0: none), ties to the lowest id; -1 where unlabelled.
+
+    A logit that is not a number counts as preferred: broken heads rank nothing well.
+    """
     valid = labels.T != IGNORED
     safe = jnp.where(valid, labels.T, 0)[..., None]
     picked = jnp.take_along_axis(logits, safe, axis=-1)
-    ahead = (logits > picked) | ((logits == picked) & (jnp.arange(logits.shape[-1]) < safe))
+    ahead = ~(logits <= picked) | ((logits == picked) & (jnp.arange(logits.shape[-1]) < safe))
     return jnp.where(valid, jnp.sum(ahead, axis=-1), -1)

@@ -19,7 +19,7 @@ class Manifest:
     """What every shard of a directory depends on, besides its number.
 
     Attributes:
-      model: fingerprint of the parameters, in their dtype.
+      model: fingerprint of the parameters, whatever their dtype.
       model_name: for the reader; not compared.
       template: fingerprint of the chat template.
       prompts: where the prompts come from, with their seeds or, for a file, its fingerprint.

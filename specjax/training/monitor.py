@@ -19,7 +19,7 @@ class RunMonitor:
 
     The line has the step, the mean loss, head 1's top-1 accuracy at the last evaluation, tokens per second and the time
     that is left. The events have every number of the log, under its path in a record (`eval/accuracy/top1/head_1`).
-    After a kill, a resumed run writes the steps since the last checkpoint once more, with the same values.
+    A resumed run writes the whole log once more, with the same values.
 
     Args:
       directory: the run's; events go into its folder `tensorboard`.
