@@ -30,7 +30,7 @@ VOCAB = 23
 @pytest.fixture(scope="module")
 def text():
     """A target whose next token depends on the last one alone, and conversations of its own."""
-    target = tiny_model(vocab=VOCAB, hidden_size=32, num_layers=1)
+    target = tiny_model(5, vocab=VOCAB, hidden_size=32, num_layers=1)
     layer = dataclasses.replace(target.params.layers[0], out=jnp.zeros_like(target.params.layers[0].out))
     target = dataclasses.replace(target, params=dataclasses.replace(target.params, layers=(layer,)))
     rng = np.random.default_rng(0)
