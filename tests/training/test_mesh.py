@@ -120,9 +120,9 @@ def test_what_is_split_and_what_is_whole():
     assert where["heads"]["projection_1"].spec == P("model", None)
     assert where["heads"]["kernel_0"].spec == P(None, None, None)
     layer = where["lora"].layers[0]
-    assert (layer.q.a.spec, layer.q.b.spec) == (P(None, None), P(None, "model", None, None))
-    assert (layer.out.a.spec, layer.out.b.spec) == (P("model", None, None, None), P(None, None))
-    assert (layer.down.a.spec, layer.up.b.spec) == (P("model", None), P(None, "model"))
+    assert (layer.q.a.spec, layer.q.b.spec) == (P(None, None), P("model", None, None, None))
+    assert (layer.out.a.spec, layer.out.b.spec) == (P(None, "model", None, None), P(None, None))
+    assert (layer.down.a.spec, layer.up.b.spec) == (P(None, "model"), P("model", None))
     optimiser = joint_trainer.optimiser(scale_job.SETTINGS, 20)
     trained = {"heads": heads.params, "lora": init_lora(jax.random.key(0), scale_job.CONFIG, LORA)}
     state = mesh.optimiser_shardings(optimiser, trained, where, on)
