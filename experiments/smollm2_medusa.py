@@ -17,10 +17,10 @@ Record (2 CPU cores, AMD EPYC Zen 3, AVX2, jax 0.10.2), --prompts.per-category 3
     ngram+medusa   float32    8      1.70          0.70            0.98 (0.65-1.68)  15 of 15
     medusa_bf16    bfloat16   6      1.46          0.46            1.07 (0.81-1.34)  13 of 15
 
-Float32 decodes 42.9 tokens a second autoregressively there, bfloat16 32.4: without AVX-512 its products are emulated.
-A round of 2, 4, 8 and 16 nodes costs 1.52, 1.56, 2.02 and 2.80 float32 steps (19.8 ms, bound by reading the weights;
-8 nodes are bound by arithmetic), so that 1.7 tokens per round are not worth 8 nodes there. The aim of a speed-up
-above 1.2 is not reached on this machine.
+Against float32, the faster baseline there, medusa_bf16 is at 0.80 (0.55-0.95): float32 decodes 42.9 tokens a second
+autoregressively, bfloat16 32.4, whose products are slow without AVX-512. A round of 2, 4, 8 and 16 nodes costs 1.52,
+1.56, 2.02 and 2.80 float32 steps (19.8 ms, in which the weights are read at 27 GB/s), so that 1.7 tokens per round
+are not worth 8 nodes there. The aim of a speed-up above 1.2 is not reached on this machine.
 
 Earlier record (AMD EPYC Zen 5, AVX-512 bf16), with heads trained on 436,000 tokens and weights in another layout, 50
 prompts of 128 tokens: medusa in bfloat16 with 6 nodes 1.46 tokens per round, speed-up 1.22 (0.83-1.57), 34 of 50 the

@@ -52,9 +52,9 @@ def dot(spec: str, x: Float[Array, "T *in"], w: Array) -> Float[Array, "T *out"]
 
 
 def _few_rows_dot(x: Float[Array, "T *in"], w: Array) -> Float[Array, "T *out"]:
-    # XLA:CPU multiplies a tall matrix by a few columns about twice as fast as a few rows by its transpose: the weights
-    # are the left operand, and flat, because of several input axes XLA may reorder, hence copy, those of the weights.
-    # The barrier keeps it from folding the transposition back into the product.
+    # XLA:CPU multiplies a tall matrix by a few columns up to 1.9 times as fast as a few rows by its transpose: the
+    # weights are the left operand, and flat, because of several input axes XLA may reorder, hence copy, those of the
+    # weights. The barrier keeps it from folding the transposition back into the product.
     rows = x.reshape(x.shape[0], -1)
     columns = jnp.einsum("oi,Ti->oT", w.reshape(-1, rows.shape[1]), rows)
     return jax.lax.optimization_barrier(columns).T.reshape(x.shape[0], *w.shape[: w.ndim - x.ndim + 1])

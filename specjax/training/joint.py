@@ -45,7 +45,7 @@ class JointConfig:
     head_weight: float = 0.01  # Medusa-2: of the heads' losses beside the backbone's, once the ramp is over
     seed: int = 0
     checkpoint_every: int = 100  # steps
-    remat: bool = True  # computes the layers again in the backward pass: a third more work, far less memory
+    remat: bool = True  # computes the layers again in the backward pass: a forward pass more, for less memory
 
     def __post_init__(self) -> None:
         if min(self.epochs, self.batch_size, self.length, self.checkpoint_every) < 1 or not 0 <= self.warmup < 1:
