@@ -140,21 +140,20 @@ def compare(
     longest = max(len(r.ids) for r in requests)
     capacity = decode.capacity_for(longest, max_new_tokens, depth)
     once = functools.partial(_run, max_new_tokens=max_new_tokens, capacity=capacity)
-    compile_seconds = []
+    first, again = [], [0.0] * len(contenders)  # seconds for the first prompt, with compilation and without
     for contender in contenders:
         begin = time.perf_counter()
         once(contender, requests[0])
-        first = time.perf_counter() - begin
-        begin = time.perf_counter()
-        once(contender, requests[0])
-        compile_seconds.append(first - (time.perf_counter() - begin))
+        first.append(time.perf_counter() - begin)
         progress()
     runs: list[list[_Run]] = [[] for _ in contenders]
     for request in requests:
         timed: list[list[_Run]] = [[] for _ in contenders]
         for _ in range(repeats):
             for i, contender in enumerate(contenders):
+                begin = time.perf_counter()
                 timed[i].append(once(contender, request))
+                again[i] = again[i] or time.perf_counter() - begin
                 progress()
         for i, several in enumerate(timed):
             runs[i].append(_Run(several[0].generation, float(np.median([r.seconds for r in several]))))
@@ -176,7 +175,7 @@ def compare(
             "temperature": getattr(contender.acceptance, "temperature", 0.0),
             "tokens_per_second": _spread(rates[i]),
             **_acceptance([runs[i][p].generation for p in kept], contender.drafter.tree.max_depth),
-            "compile_seconds": compile_seconds[i],
+            "compile_seconds": max(first[i] - again[i], 0.0),
         }
         if not contender.autoregressive:
             record["speedup"] = _spread(rates[i] / rates[base])

@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-TREE_HELP = "a preset, chain:4, cartesian:3,2,1, paths:0,1,0.0, or a .json file"
+TREE_HELP = "a preset, chain:4, cartesian:3,2,1, paths:0,1,0.0, a .json file, or the name of a saved tree"
 
 
 def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -41,7 +41,7 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     _add_model(optimise)
     optimise.add_argument("--max-depth", type=int)
     optimise.add_argument("--max-branching", type=int)
-    optimise.add_argument("--save", type=Path, metavar="TREE.json")
+    optimise.add_argument("--save", metavar="TREE", help="a name, for --tree NAME later, or a .json file")
     optimise.set_defaults(function=_optimise)
 
     simulate = trees.add_parser("simulate", help="what trees would do on recorded text")
@@ -149,8 +149,7 @@ def _optimise(options: argparse.Namespace, rest: list[str]) -> int:
         best = replace(best, provenance={**best.provenance, "round_times": asdict(times)})
     print(best.ascii())
     if options.save:
-        best.save(options.save)
-        print(f"wrote {options.save}")
+        print(f"wrote {best.save(options.save)}")
     return 0
 
 

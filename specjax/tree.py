@@ -11,6 +11,8 @@ Axis letters: M nodes (root included), P root-to-leaf paths, E depth (root exclu
 import functools
 import itertools
 import json
+import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -24,6 +26,7 @@ from jaxtyping import Bool, Int
 from specjax.errors import TreeError
 
 _FORMAT, _VERSION = "specjax.tree", 1
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
 @dataclass(frozen=True)
@@ -220,7 +223,7 @@ class Tree:
 
     @classmethod
     def parse(cls, text: str) -> "Tree":
-        """What `--tree` takes: `chain:4`, `cartesian:3,2,1`, `paths:0,1,0.0` (rank paths), a preset or a .json file.
+        """What `--tree` takes: `chain:4`, `cartesian:3,2,1`, `paths:0,1,0.0` (rank paths), a preset, or what `load` takes.
 
         Raises:
           TreeError: none of these, or a file that `load` refuses.
@@ -242,13 +245,13 @@ class Tree:
             if kind == "cartesian" and numbers:
                 return cls.cartesian(numbers)
             raise TreeError(f"the tree is {text!r}; expected for example chain:4 or cartesian:3,2,1.")
-        if text.endswith(".json"):
-            return cls.load(text)
         if text in cls.presets():
             return cls.preset(text)
+        if text.endswith(".json") or (_NAME.fullmatch(text) and saved_path(text).exists()):
+            return cls.load(text)
         raise TreeError(
-            f"no tree {text!r}; expected chain:4, cartesian:3,2,1, paths:0,1,0.0, the path of a .json file, or a "
-            f"preset: {', '.join(cls.presets())}."
+            f"no tree {text!r}; expected chain:4, cartesian:3,2,1, paths:0,1,0.0, the path of a .json file, the name "
+            f"of a tree in {_folder()}, or a preset: {', '.join(cls.presets())}."
         )
 
     # --- in and out -------------------------------------------------------------------------------------------------
@@ -288,19 +291,29 @@ class Tree:
             )
         return cls.from_paths(paths, name, provenance)
 
-    def save(self, path: str | Path) -> None:
-        """Writes `to_json` to a file."""
-        Path(path).write_text(self.to_json() + "\n")
+    def save(self, where: str | Path) -> Path:
+        """Writes `to_json` to `saved_path(where)`, and gives that path.
+
+        Raises:
+          TreeError: a name that `saved_path` refuses, or that of a preset, which `parse` would take for it.
+        """
+        path = saved_path(where)
+        if str(where) in self.presets():
+            raise TreeError(f"{str(where)!r} is a published tree; save this one under another name.")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(self.to_json() + "\n")
+        return path
 
     @classmethod
-    def load(cls, path: str | Path) -> "Tree":
-        """Reads a file that `save` wrote.
+    def load(cls, where: str | Path) -> "Tree":
+        """Reads a tree that `save` wrote.
 
         Raises:
           TreeError: no such file, or one that `from_json` refuses.
         """
+        path = saved_path(where)
         try:
-            text = Path(path).read_text()
+            text = path.read_text()
         except (OSError, UnicodeDecodeError) as error:
             raise TreeError(f"cannot read the tree file {path}: {error}.") from error
         return cls.from_json(text)
@@ -317,6 +330,25 @@ class Tree:
             indent += (" " if last else "│") + " " * (width + 2)
             stack += [(child, indent) for child in reversed(self.children[node])]
         return "\n".join(lines)
+
+
+def saved_path(where: str | Path) -> Path:
+    """Where a saved tree lies: a .json file itself; a name, `chat_8`, in the folder trees/, or that of SPECJAX_TREES.
+
+    Raises:
+      TreeError: neither a .json file nor a name.
+    """
+    if Path(where).suffix == ".json":
+        return Path(where)
+    if not _NAME.fullmatch(str(where)):
+        raise TreeError(
+            f"{str(where)!r} is no place for a tree; expected a .json file, or a name: letters, digits, - and _."
+        )
+    return _folder() / f"{where}.json"
+
+
+def _folder() -> Path:
+    return Path(os.environ.get("SPECJAX_TREES", "trees"))
 
 
 def _ints(values: Iterable[Any], what: str) -> tuple[int, ...]:

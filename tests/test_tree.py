@@ -154,6 +154,23 @@ def test_json_round_trip(tree, tmp_path):
     assert (data["format"], data["version"]) == ("specjax.tree", 1)
 
 
+def test_saved_trees_go_by_name(tmp_path, monkeypatch):
+    tree = Tree.from_paths([(0,), (1,)], "found", {"search": "walk"})
+    monkeypatch.chdir(tmp_path)
+    assert tree.save("chat_3") == Path("trees/chat_3.json")
+    for back in (Tree.load("chat_3"), Tree.parse("chat_3"), Tree.parse("trees/chat_3.json")):
+        assert (back, back.name, back.provenance) == (tree, "found", {"search": "walk"})
+    monkeypatch.setenv("SPECJAX_TREES", str(tmp_path / "elsewhere"))
+    with pytest.raises(TreeError, match="elsewhere"):
+        Tree.parse("chat_3")
+    assert tree.save("chat_3") == tmp_path / "elsewhere" / "chat_3.json"
+    with pytest.raises(TreeError, match="published"):
+        tree.save("zephyr_stage2")
+    for wrong in ("trees/chat_3", "chat.txt", "", "two words"):
+        with pytest.raises(TreeError, match="a name"):
+            tree.save(wrong)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

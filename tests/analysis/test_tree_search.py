@@ -73,6 +73,14 @@ def test_optimise_saves_the_best_tree(ranks, tmp_path, capsys):
     assert sj.Tree.load(file).max_depth == 1
 
 
+def test_a_tree_saved_by_name_is_simulated_and_shown_by_name(ranks, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("SPECJAX_TREES", str(tmp_path))
+    assert main(["tree", "optimise", "--ranks", str(ranks), "--nodes", "3", "--save", "mine"]) == 0
+    assert main(["tree", "simulate", "--ranks", str(ranks), "mine"]) == 0
+    assert main(["tree", "show", "mine"]) == 0
+    assert capsys.readouterr().out.count(sj.Tree.load("mine").ascii()) == 2  # found, and shown
+
+
 def test_simulate_prints_every_tree(ranks, capsys, tmp_path):
     assert main(["tree", "simulate", "--ranks", str(ranks), "chain:1", "cartesian:3,2", "--by-category"]) == 0
     out = capsys.readouterr().out
