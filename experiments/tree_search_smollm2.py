@@ -2,9 +2,9 @@
 
     specjax run experiments/tree_search_smollm2.py
 
-Record (2 CPU cores, AMD EPYC Zen 3, AVX2, jax 0.10.2, float32). Searched on the table beside the heads (19,966 held-out
-tokens), checked on the model's answers to the 50 shipped prompts (5,300 tokens), timed on 10 of these prompts, 128 tokens
-each, two runs: all outputs as without a drafter. Trees of the walk search, medians:
+Record (2 CPU cores, AMD EPYC Zen 3, AVX2, jax 0.10.2, float32). Searched on the table beside the heads (19,966
+held-out tokens), checked on the model's answers to the 50 shipped prompts (5,300 tokens), timed on 10 of these
+prompts, 128 tokens each, two runs: all outputs as without a drafter. Trees of the walk search, medians:
 
     nodes   tokens per round                 round   tokens per second, 10 prompts             speed-up
             searched  50 prompts  10 prompts  ms     predicted   predicted   measured         (min-max over prompts)
@@ -16,11 +16,12 @@ each, two runs: all outputs as without a drafter. Trees of the walk search, medi
     12      1.921     1.651       1.668       62.9   30.5        26.5        26.3 (17.5-34.7)  0.58 (0.38-0.75)
     16      1.989     1.708       1.722       57.3   34.7        30.1        29.9 (20.0-40.6)  0.66 (0.43-0.87)
 
-The chosen tree, 4 nodes, is also the fastest measured one (45.9 tokens per second without a drafter: no tree pays on this
-machine). Tokens per round decoded on the 10 prompts equal the simulated ones to every digit. On other text than searched,
-the shipped prompts, they are 13.4% below the prediction on average, 14.9% at most. The searches differ little: at 64 nodes
-all give 1.929, at 48 nodes walk 1.900, joint 1.883, independent and Sequoia 1.889. Any tree of depth 4 with ranks below
-32 would give 2.50. Rounds of 6 and 12 nodes cost as much as of 8, or more than of 16: XLA:CPU's products like powers of two.
+The chosen tree, 4 nodes, is also the fastest measured one (45.9 tokens per second without a drafter: no tree pays on
+this machine). Tokens per round decoded on the 10 prompts equal the simulated ones to every digit. On other text than
+searched, the shipped prompts, they are 13.4% below the prediction on average, 14.9% at most. The searches differ
+little: at 64 nodes all give 1.929, at 48 nodes walk 1.900, joint 1.883, independent and Sequoia 1.889. Any tree of
+depth 4 with ranks below 32 would give 2.50. Rounds of 6 nodes cost as much as of 8, of 12 more than of 16: XLA:CPU's
+products like powers of two.
 """
 
 from specjax.analysis.tree_search import TreeSearch

@@ -223,7 +223,7 @@ class Tree:
 
     @classmethod
     def parse(cls, text: str) -> "Tree":
-        """What `--tree` takes: `chain:4`, `cartesian:3,2,1`, `paths:0,1,0.0` (rank paths), a preset, or what `load` takes.
+        """What `--tree` takes: `chain:4`, `cartesian:3,2,1`, `paths:0,1,0.0` (rank paths), a preset or a saved tree.
 
         Raises:
           TreeError: none of these, or a file that `load` refuses.
