@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 import specjax as sj
+from specjax.analysis.ranks import Text, measure
 from specjax.analysis.two_sample import p_value, sample
 from specjax.drafters.build import build_drafter
+from specjax.heads import init_heads
 from specjax.prompts import load_prompts
 
 # drafter, tree
@@ -114,6 +116,31 @@ def draw(small, repeated):
         )  # fmt: skip
 
     return plain, sampled
+
+
+@pytest.fixture(scope="module")
+def questions(smollm2):
+    """Shipped prompts in the draft model's tokens; those that it lacks are its last one."""
+    row = {token: i for i, token in enumerate(sj.load_draft("smollm2-draft")[1].tolist())}
+    texts = [p.turns[0] for p in load_prompts() if p.category in ("chat", "code", "math")]
+    chats = [smollm2.tokenizer.apply_chat_template([{"role": "user", "content": text}]) for text in texts[:20]]
+    return sorted(([row.get(token, len(row) - 1) for token in chat] for chat in chats), key=len)
+
+
+def test_a_trained_qwen2_with_its_own_heads(small, questions):
+    """Greedy answers stay what they are, and the heads know them far better than the LM head, where they started."""
+    heads = sj.load_heads("smollm2-draft", small.config)
+    request = {"max_new_tokens": 64, "capacity": 512}
+    plain = sj.generate_batch(small, questions, **request)
+    drafter = sj.MedusaDrafter(heads, sj.Tree.cartesian((3, 2, 1)))
+    drafted = sj.generate_batch(small, questions, drafter=drafter, **request)
+    for ours, theirs in zip(drafted, plain, strict=True):
+        np.testing.assert_array_equal(ours.tokens, theirs.tokens)
+    assert sum(len(out.tokens) - 1 for out in plain) / sum(out.rounds for out in drafted) > 1.6
+    texts = [Text(ids, out.tokens) for ids, out in zip(questions, plain, strict=True) if len(out.tokens) > 1]
+    start = init_heads(heads.config, small.params, np.asarray(heads.token_map))
+    fitted, before = (measure(small, h, texts).hits()[:, 0] for h in (heads, start))
+    assert (fitted > before + [0.25, 0.15, 0.1, 0.1]).all()
 
 
 @pytest.mark.parametrize("name", ["draft chain", "draft tree", "ngram"])

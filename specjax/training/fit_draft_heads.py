@@ -1,6 +1,6 @@
 """Fitting heads to a draft model, as a target in its own right: a trained Qwen2 small enough for tests."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class FitDraftHeads(HeadFit):
         """Makes the text, then `fit`."""
         tokenizer = chat_tokenizer(load_model(self.tokenizer, dtype="bfloat16"))
         model, token_map = load_draft(self.draft)
+        model = replace(model, config=replace(model.config, name=self.draft))
         asked = [
             tokenizer.apply_chat_template([{"role": "user", "content": text}])
             for text in seed_prompts(self.prompts, self.prompt_seed)
