@@ -4,7 +4,8 @@
 
 The backbone's loss is its divergence from the frozen model (self-distillation); LoRA of rank 32, alpha 16, dropout
 0.05 on all seven matrices of a layer. It uses the text of train_smollm2_medusa.py, and makes it where it is not there.
-Output: heads.safetensors and `backbone`, the Hugging Face directory of the model that they belong to.
+Output: heads.safetensors and `backbone`, the Hugging Face directory of the model that they belong to, both of the
+checkpoint with the most tokens per round on the held-out text; log, TensorBoard events and curves.
 
 On several hosts, each runs the same command with its own number, on directories that all of them see:
 
@@ -25,5 +26,7 @@ def get_config() -> FitJoint:
         name="train_smollm2_medusa2",
         model="smollm2-135m-instruct",
         data=Distillation(shards=90),
-        training=JointConfig(epochs=2, batch_size=8, length=512, lora=LoraConfig(rank=32, alpha=16.0, dropout=0.05)),
+        training=JointConfig(
+            epochs=2, batch_size=8, length=512, lora=LoraConfig(rank=32, alpha=16.0, dropout=0.05), select="best"
+        ),
     )

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import jax
 import numpy as np
 import tyro
 from rich.console import Console
@@ -253,26 +254,43 @@ def load_config(path: Path) -> Any:
     return module.get_config()
 
 
-def run_file(path: Path, arguments: list[str], output_dir: Path | None = None) -> int:
-    """`specjax run`: loads the config, applies `--section.field VALUE` overrides, runs, and writes result.json.
+def configured(path: Path, arguments: list[str]) -> Any:
+    """The config of an experiment file with `--section.field VALUE` overrides.
 
-    `--prompts FILE` is short for `--prompts.file FILE`; the default for `output_dir` is results/NAME/TIME.
+    `--prompts FILE` is short for `--prompts.file FILE`. `--help` lists the options and exits, as a wrong one does.
 
     Raises:
-      ConfigError: a file that is no experiment, or an output directory that already holds a result.
+      ConfigError: a file that is no experiment, or a value that its config refuses.
     """
     config = load_config(path)
     if isinstance(getattr(config, "prompts", None), Prompts):
         arguments = ["--prompts.file" if a == "--prompts" else a for a in arguments]
-    directory = output_dir or Path("results") / path.stem / time.strftime("%Y%m%d-%H%M%S")
     # A field that may be None stays a group of options, not a subcommand.
     how = (tyro.conf.AvoidSubcommands,)
-    config = tyro.cli(type(config), default=config, args=arguments, prog=f"specjax run {path}", config=how)
-    return run_config(config, directory, Console())
+    return tyro.cli(type(config), default=config, args=arguments, prog=f"specjax run {path}", config=how)
+
+
+def run_file(path: Path, arguments: list[str], output_dir: Path | None = None) -> int:
+    """`specjax run`: loads the config, applies the overrides (`configured`), runs, and writes result.json.
+
+    The default for `output_dir` is results/NAME/TIME.
+
+    Raises:
+      ConfigError: as `configured`; an output directory that already holds a result; or none named where several hosts
+        run together: each would take its own.
+    """
+    config = configured(path, arguments)
+    hosts = getattr(config, "hosts", None)
+    if output_dir is None and hosts is not None and hosts.coordinator is not None:
+        raise ConfigError(
+            f"the hosts that {hosts.coordinator!r} coordinates share one output directory, and none is named; give all "
+            "of them the same --output-dir, on a disk that they all see."
+        )
+    return run_config(config, output_dir or Path("results") / path.stem / time.strftime("%Y%m%d-%H%M%S"), Console())
 
 
 def run_config(config: Experiment, directory: Path, console: Console) -> int:
-    """Runs an experiment and writes its result.json; gives the exit code.
+    """Runs an experiment and writes its result.json (of several hosts, the first one does); gives the exit code.
 
     Raises:
       ConfigError: `directory` already holds a result.
@@ -282,6 +300,7 @@ def run_config(config: Experiment, directory: Path, console: Console) -> int:
         raise ConfigError(f"{target} exists; choose another --output-dir, or remove it first.")
     directory.mkdir(parents=True, exist_ok=True)
     result = config.run(directory, console)
-    target.write_text(json.dumps(result, indent=2) + "\n")
-    console.print(f"wrote {target}")
+    if jax.process_index() == 0:
+        target.write_text(json.dumps(result, indent=2) + "\n")
+        console.print(f"wrote {target}")
     return 0

@@ -1,5 +1,6 @@
 """Experiments end to end on a tiny real model in a directory: result.json, figures, overrides, refusals."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -19,7 +20,7 @@ from specjax import bench
 from specjax.analysis.round_time import choose_tree
 from specjax.analysis.search import expected_tokens, greedy_tree
 from specjax.cli import main
-from specjax.experiment import DecodeExperiment, Decoding, Method, Prompts, load_config
+from specjax.experiment import DecodeExperiment, Decoding, Method, Prompts, configured, load_config
 
 
 @pytest.fixture
@@ -77,6 +78,33 @@ def test_prompts_from_a_file(experiment, tmp_path):
     result = json.loads((out / "result.json").read_text())
     assert result["prompts"] == 1
     assert list(result["methods"][1]["per_category"]) == ["mine"]
+
+
+@pytest.mark.parametrize("file", sorted((Path(__file__).parents[1] / "experiments").glob("*.py")), ids=lambda f: f.stem)
+def test_every_experiment_loads_and_takes_overrides(file, capsys):
+    """`--help` lists its options; a nested field, or where there is none its own, can be set."""
+    config = load_config(file)
+    assert config == load_config(file)
+    assert config.name == file.stem
+    with pytest.raises(SystemExit) as ended:
+        main(["run", str(file), "--help"])
+    assert ended.value.code == 0
+    listed = capsys.readouterr().out
+    found = [
+        (outer, inner.name)
+        for outer in (f.name for f in dataclasses.fields(config) if dataclasses.is_dataclass(getattr(config, f.name)))
+        for inner in dataclasses.fields(getattr(config, outer))
+        if type(getattr(getattr(config, outer), inner.name)) is int
+    ]
+    numbers = [f.name for f in dataclasses.fields(config) if type(getattr(config, f.name)) is int]
+    path = found[0] if found else (numbers[0],) if numbers else ("name",)
+    option, value = "--" + ".".join(path).replace("_", "-"), "8"
+    assert option in listed
+    changed = configured(file, [option, value])
+    expected, at = dataclasses.asdict(config), dataclasses.asdict(changed)
+    for name in path[:-1]:
+        expected, at = expected[name], at[name]
+    assert at == expected | {path[-1]: type(expected[path[-1]])(value)}
 
 
 def test_files_that_are_no_experiment(tmp_path, capsys):

@@ -64,6 +64,17 @@ def tokens_per_round(log: Log, tree: str) -> Figure:
     return figure
 
 
+def backbone_loss(log: Log) -> Figure:
+    """Medusa-2's backbone loss: of every step, thin, and held out at every evaluation, with marks."""
+    steps, evaluations = _split(log)
+    figure, axes = _axes("Backbone loss: training (thin), held out (marks)", "nats per token")
+    axes.plot([r["step"] for r in steps], [r["backbone"] for r in steps], lw=0.7, alpha=0.6)
+    axes.plot(
+        [r["step"] for r in evaluations], [r["eval"]["backbone"] for r in evaluations], color="C0", marker="o", ms=4
+    )
+    return figure
+
+
 def learning_rate(log: Log) -> Figure:
     """The schedule, as it was."""
     steps, _ = _split(log)
@@ -73,13 +84,18 @@ def learning_rate(log: Log) -> Figure:
 
 
 def save_training_figures(log: Log, directory: Path, tree: str) -> list[str]:
-    """Writes loss.png, accuracy.png, tokens_per_round.png and learning_rate.png; gives their names."""
+    """Writes loss.png, accuracy.png, tokens_per_round.png, learning_rate.png and, of Medusa-2, backbone.png.
+
+    Gives their names.
+    """
     figures = {
         "loss.png": loss_per_head(log),
         "accuracy.png": accuracy_per_head(log),
         "tokens_per_round.png": tokens_per_round(log, tree),
         "learning_rate.png": learning_rate(log),
     }
+    if "backbone" in log[-1].get("eval", {}):
+        figures["backbone.png"] = backbone_loss(log)
     for name, figure in figures.items():
         figure.savefig(directory / name, dpi=130)
     return list(figures)

@@ -5,6 +5,7 @@ each, so that neither attention nor labels cross from one to the next. The itera
 (`get_state`, `set_state`) that goes into the checkpoint with the training state.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -57,7 +58,13 @@ def conversations(
 
 
 def packed(
-    data: Sequence[Conversation], *, length: int, batch_size: int, seed: int, epochs: int | None = None
+    data: Sequence[Conversation],
+    *,
+    length: int,
+    batch_size: int,
+    seed: int,
+    epochs: int | None = None,
+    whole: bool = False,
 ) -> grain.IterDataset:
     """Batches of packed rows, [B length] each: `tokens`, `segments`, `positions` (int32), `answer` (bool).
 
@@ -66,9 +73,11 @@ def packed(
 
     Args:
       epochs: passes over the data, each in another order; None: without end.
+      whole: fills the last batch up with empty rows (no segments, no answer), so that nothing is left out; otherwise
+        the rows that do not fill a batch are.
 
     Raises:
-      DataError: no conversations, one that is empty, or too few to fill a batch.
+      DataError: no conversations, one that is empty, or, unless `whole`, too few to fill a batch.
       ConfigError: a length or batch size below 1.
     """
     if length < 1 or batch_size < 1:
@@ -79,7 +88,7 @@ def packed(
         if len(item) == 0:
             raise DataError(f"conversation {i} is empty; remove it.")
     total = sum(min(len(item), length) for item in data)
-    if total * (epochs or 1) < length * batch_size:
+    if not whole and total * (epochs or 1) < length * batch_size:
         raise DataError(
             f"{len(data)} conversations of {total} tokens do not fill one batch of {batch_size} x {length}; "
             "lower batch_size."
@@ -88,11 +97,9 @@ def packed(
     wide = {"tokens": length, "answer": length}
     if data[0].features is not None:
         wide["features"] = length
-    return (
-        FirstFitPackIterDataset(rows.to_iter_dataset(), length_struct=wide, num_packing_bins=_BINS, seed=seed)
-        .map(_named)
-        .batch(batch_size, drop_remainder=True)
-    )
+    filled = FirstFitPackIterDataset(rows.to_iter_dataset(), length_struct=wide, num_packing_bins=_BINS, seed=seed)
+    batches = filled.map(_named).batch(batch_size, drop_remainder=not whole)
+    return batches.map(functools.partial(_with_empty_rows, count=batch_size)) if whole else batches
 
 
 def _row(item: Conversation, length: int) -> dict[str, np.ndarray]:
@@ -110,6 +117,12 @@ def _row(item: Conversation, length: int) -> dict[str, np.ndarray]:
 def _named(row: dict[str, Any]) -> dict[str, Any]:
     kept = {name: row[name] for name in ("tokens", "answer", "features") if name in row}
     return kept | {"segments": row["tokens_segment_ids"], "positions": row["tokens_positions"]}
+
+
+def _with_empty_rows(batch: dict[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
+    return {
+        name: np.pad(array, ((0, count - len(array)), *[(0, 0)] * (array.ndim - 1))) for name, array in batch.items()
+    }
 
 
 def attention_mask(segments: _Mask) -> _Mask:

@@ -71,8 +71,12 @@ class Distillation:
         return Sample(self.temperature, self.top_k, self.top_p) if self.temperature else Greedy()
 
 
-def distilled(model: Model, data: Distillation, console: Console) -> list[Path]:
+def distilled(model: Model, data: Distillation, console: Console, *, features: bool = False) -> list[Path]:
     """The files of `data`'s shards; those that are not there yet are made.
+
+    Args:
+      features: whether every conversation is to have features later, kept in shards or not: text that may be too much
+        for the budget is refused before it is made.
 
     Raises:
       DataError: as `write_shards`; a bad file of prompts; features beyond the budget; or a model that ends too few of
@@ -103,7 +107,7 @@ def distilled(model: Model, data: Distillation, console: Console) -> list[Path]:
         "seed": data.answer_seed if data.temperature else None,
         "max_tokens": data.max_answer_tokens,
     }
-    if data.features:
+    if features or data.features:
         done = manifest.load(directory)[1] if (directory / manifest.FILE).exists() else {}
         missing = max(shards - done.get("shards", 0), 0) * size * data.max_answer_tokens
         check_budget(done.get("answer_tokens", 0) + missing, model.config, data.feature_budget_gb)
@@ -181,7 +185,7 @@ def prepared(model: Model, data: Distillation, console: Console, *, features: bo
     """
     if data.chats is None:
         there = sorted(Path(data.directory).glob("shard_*.npz"))[: data.shards]
-        text = read_shards(distilled(model, data, console) if make else there)
+        text = read_shards(distilled(model, data, console, features=features) if make else there)
     else:
         limit = min(data.max_chat_tokens, model.config.max_positions)
         text = read_conversations(data.chats, chat_tokenizer(model), max_tokens=limit)

@@ -7,7 +7,7 @@ comes from the features kept at distillation, so that the target itself need not
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,40 +15,41 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from specjax import params as parameters
 from specjax.config import ModelConfig
 from specjax.errors import ConfigError, DataError
+from specjax.fingerprint import fingerprint
 from specjax.model import forward, unembed
 from specjax.params import Params
 from specjax.training import loop
 from specjax.training.data import Conversation, attention_mask, packed
+from specjax.training.identity import arrays_fingerprint, settings_of, text_identity
+from specjax.training.optimiser import OptimiserConfig, build, whole_updates
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "tvd"]
 
 
 @dataclass(frozen=True)
-class DistilConfig:
+class DistilConfig(OptimiserConfig):
     """How to distil. A step is `batch_size` packed rows of `length` tokens."""
 
     epochs: int = 4
     batch_size: int = 8
     length: int = 256
-    learning_rate: float = 2e-3  # peak; linear warm-up, then cosine to a tenth
-    warmup: float = 0.05  # share of the steps
+    final: float = 0.1
+    b2: float = 0.95
     weight_decay: float = 0.01
     divergence: Divergence = "forward_kl"
     text_weight: float = 0.2  # of the cross-entropy with the text itself, added to the divergence
     seed: int = 0
-    checkpoint_every: int = 200  # steps
+    checkpoint_every: int = 200  # steps between checkpoints and evaluations
 
     def __post_init__(self) -> None:
-        if min(self.epochs, self.batch_size, self.length, self.checkpoint_every) < 1 or not self.learning_rate > 0:
-            raise ConfigError(
-                f"{self}: expected epochs, batch_size, length and checkpoint_every of at least 1 and learning_rate > 0."
-            )
+        super().__post_init__()
+        if min(self.epochs, self.batch_size, self.length, self.checkpoint_every) < 1:
+            raise ConfigError(f"{self}: expected epochs, batch_size, length and checkpoint_every of at least 1.")
         if self.divergence not in DIVERGENCES or self.text_weight < 0:
             raise ConfigError(
                 f"divergence {self.divergence!r}, text_weight {self.text_weight}; expected one of "
@@ -167,27 +168,26 @@ def distil(
     *,
     report: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> tuple[Params, list[dict[str, Any]]]:
-    """Distils a draft of shape `config` and gives its float32 parameters and the log; resumes from `directory`.
+    """Distils a draft of shape `config`; resumes from `directory`.
+
+    Gives its float32 parameters (the averaged ones where there are any) and the log.
 
     Raises:
       ConfigError: a vocabulary of another size than the token map.
       DataError: too little data, or a loss that is not finite.
+      CheckpointError: a full disk, or a directory in which a run of other settings, target or data was begun.
     """
     if config.vocab_size != len(token_map):
         raise ConfigError(f"the draft's vocab_size is {config.vocab_size}, its token map has {len(token_map)} entries.")
     tokens = sum(min(len(item), training.length) for item in data)
-    steps = training.epochs * tokens // (training.batch_size * training.length)
-    if steps < 2:
+    steps = whole_updates(training.epochs * tokens // (training.batch_size * training.length), training)
+    if steps < 2 * training.accumulate:
         raise DataError(
-            f"{len(data)} conversations of {tokens} tokens do not fill one batch of {training.batch_size} x "
-            f"{training.length} in {training.epochs} epochs; lower batch_size."
+            f"{len(data)} conversations of {tokens} tokens do not fill two batches of {training.batch_size} x "
+            f"{training.length}, {training.accumulate} times, in {training.epochs} epochs; lower batch_size or "
+            "accumulate."
         )
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, training.learning_rate, max(1, int(training.warmup * steps)), steps, training.learning_rate / 10
-    )
-    optimiser = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95, weight_decay=training.weight_decay)
-    )
+    optimiser = build(training, steps)
     start = init_draft(jax.random.key(training.seed), config, target, token_map)
     projection = target.unembedding[token_map[:-1]].astype(jnp.bfloat16)
     to_draft = jnp.asarray(_to_draft(token_map, target.unembedding.shape[0]))
@@ -200,25 +200,36 @@ def distil(
             return apart + training.text_weight * text, (apart, text)
 
         (value, (apart, text)), grads = jax.value_and_grad(loss, has_aux=True)(state["params"])
-        updates, opt = optimiser.update(grads, state["opt"], state["params"])
-        metrics = {"loss": value, "divergence": apart, "text": text, "gradient_norm": optax.global_norm(grads)}
-        return {"params": optax.apply_updates(state["params"], updates), "opt": opt}, metrics
+        state, metrics = optimiser.update(state, grads)
+        return state, {"loss": value, "divergence": apart, "text": text, **metrics}
+
+    def evaluate(state: Any) -> dict[str, float]:
+        return evaluate_draft(optimiser.evaluated(state), config, target, token_map, held_out, training)
 
     trained = loop.fit(
         step,
-        {"params": start, "opt": optimiser.init(start)},
+        optimiser.init(start),
         _batches(data, training, None),
         steps=steps,
         directory=directory,
         checkpoint_every=training.checkpoint_every,
-        evaluate=lambda state: evaluate_draft(state["params"], config, target, token_map, held_out, training),
+        settings={
+            "training": settings_of(training),
+            "draft": asdict(config),
+            "token_map": arrays_fingerprint(token_map),
+            "target": fingerprint(target.unembedding),
+            "data": text_identity(data),
+            "held_out": text_identity(held_out),
+        },
+        evaluate=evaluate,
         report=report,
     )
-    return trained.state["params"], trained.log
+    return optimiser.evaluated(trained.state), trained.log
 
 
 def _batches(data: list[Conversation], training: DistilConfig, epochs: int | None) -> grain.IterDataset:
-    return packed(data, length=training.length, batch_size=training.batch_size, seed=training.seed, epochs=epochs)
+    shape = {"length": training.length, "batch_size": training.batch_size, "seed": training.seed}
+    return packed(data, **shape, epochs=epochs, whole=epochs is not None)
 
 
 def evaluate_draft(
@@ -229,7 +240,7 @@ def evaluate_draft(
     data: list[Conversation],
     training: DistilConfig,
 ) -> dict[str, float]:
-    """What the draft would be accepted at, one token ahead, on `data`, averaged over the answers' tokens.
+    """What the draft would be accepted at, one token ahead, on `data`, averaged over all of the answers' tokens.
 
     `acceptance` is sum_x min(p(x), q(x)), the acceptance rate of sampling at temperature 1; `agreement` the share of
     positions where both prefer the same token, the acceptance rate of greedy decoding; `text` the cross-entropy with

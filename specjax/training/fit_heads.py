@@ -11,15 +11,15 @@ from rich.console import Console
 
 from specjax.analysis.ranks import Text, measure
 from specjax.bench import environment
-from specjax.errors import ConfigError
 from specjax.fingerprint import fingerprint
 from specjax.heads import Heads, MedusaConfig, init_heads
 from specjax.loading.heads import load_heads, save_heads
 from specjax.loading.load import Model
 from specjax.training.curves import save_training_figures
 from specjax.training.distill import Answers
-from specjax.training.monitor import RunMonitor
-from specjax.training.trainer import TrainConfig, dataset, default_tree, frequent_tokens, steps_of, train
+from specjax.training.monitor import RunMonitor, evaluation_line, throughput
+from specjax.training.quality import selected, tree_for
+from specjax.training.trainer import TrainConfig, check_reduced, dataset, frequent_tokens, steps_of, train
 from specjax.tree import Tree
 
 
@@ -53,8 +53,7 @@ class HeadFit:
         if self.start_from is not None:
             return load_heads(self.start_from, model.config, dtype=jnp.float32)
         vocab, size = model.config.vocab_size, self.reduced_vocab_size
-        if size is not None and not 1 <= size <= vocab:
-            raise ConfigError(f"reduced_vocab_size is {size}; expected 1 to {vocab}, the model's vocabulary, or None.")
+        check_reduced(size, vocab)
         shape = MedusaConfig(
             self.num_heads, model.config.hidden_size, vocab, self.num_layers, self.projection, self.reduced_vocab_size
         )
@@ -78,7 +77,7 @@ class HeadFit:
           As `train`.
         """
         heads = self.start(model, text)
-        tree = default_tree(heads.config.num_heads) if self.tree is None else Tree.parse(self.tree)
+        tree = tree_for(None if self.tree is None else Tree.parse(self.tree), heads.config.num_heads)
         data, judged = dataset(text, heads), dataset(held_out, heads)
         steps = steps_of(data, self.training)
         with RunMonitor(output_dir, console, steps=steps, tokens_per_step=self.training.batch_size) as monitor:
@@ -91,12 +90,9 @@ class HeadFit:
                 output_dir,
                 tree=tree,
                 monitor=monitor,
-                report=lambda record: console.print(_line(record)),
+                report=lambda record: console.print(evaluation_line(record)),
             )
-        evaluations = [entry for entry in log if "eval" in entry]
-        chosen = evaluations[-1]
-        if self.training.select == "best":  # the step-0 evaluation has no checkpoint; on a tie the newest
-            chosen = max(evaluations[1:], key=lambda entry: (entry["eval"]["tokens_per_round"], entry["step"]))
+        chosen = selected(log, self.training.select)
         record = {"trained_tokens": len(text.tokens), "held_out_tokens": len(held_out.tokens), **chosen["eval"]}
         half = Heads(jax.tree.map(lambda p: p.astype(jnp.bfloat16), heads.params), heads.token_map, heads.config)
         metadata = {
@@ -120,8 +116,8 @@ class HeadFit:
                 "training": _counts(text, data.labels),
                 "held_out": _counts(held_out, judged.labels),
             },
-            "evaluations": evaluations,
-            "throughput": {k: v for e in log if "loss" in e for k, v in e.items() if k.endswith("_per_second")},
+            "evaluations": [entry for entry in log if "eval" in entry],
+            "throughput": throughput(log),
             "figures": save_training_figures(log, output_dir, tree.name or f"{tree.size} nodes"),
         }
 
@@ -132,11 +128,3 @@ def _counts(answers: Answers, labels: Any) -> dict[str, Any]:
         "tokens": len(answers.tokens),
         "labels_per_head": (labels >= 0).sum(0).tolist(),
     }
-
-
-def _line(entry: dict[str, Any]) -> str:
-    found = entry["eval"]
-    return (
-        f"step {entry['step']}: top-1 {found['accuracy']['top1']}, top-3 {found['accuracy']['top3']}, "
-        f"loss {[round(x, 3) for x in found['losses']]}, {found['tokens_per_round']:.3f} tokens per round"
-    )

@@ -20,12 +20,17 @@ from specjax.loading.load import Model, load_model
 from specjax.loading.tokenizer import Tokenizer
 from specjax.params import Params
 from specjax.training.corpus import turns
+from specjax.training.curves import save_training_figures
+from specjax.training.data import Conversation
 from specjax.training.distillation import Distillation, prepared
 from specjax.training.joint import JointConfig
-from specjax.training.joint_trainer import Fitted, fit_joint
+from specjax.training.joint_trainer import Fitted, fit_joint, steps_of
 from specjax.training.lora import LoraConfig, merge
 from specjax.training.mesh import HostsConfig, MeshConfig
-from specjax.training.trainer import frequent_tokens
+from specjax.training.monitor import RunMonitor, evaluation_line, throughput
+from specjax.training.quality import selected, tree_for
+from specjax.training.trainer import check_reduced, frequent_tokens
+from specjax.tree import Tree
 
 BACKBONE, HEADS = "backbone", "heads.safetensors"
 
@@ -34,21 +39,34 @@ BACKBONE, HEADS = "backbone", "heads.safetensors"
 class FitJoint:
     """Fits Medusa heads to text of the target's own, on a mesh: Medusa-2, or without `training.lora` Medusa-1.
 
-    Several hosts run it with one `data.directory` and one output directory, which all of them see.
+    Several hosts run it with one `data.directory` and one output directory, which all of them see. The first one makes
+    the text and writes the log, events, curves, heads and backbone; all write checkpoints together.
+
+    Attributes:
+      reduced_vocab_size: the most frequent tokens of the training text; None for the whole vocabulary.
+      tree: whose tokens_per_round is followed, as `Tree.parse` takes it; None: `default_tree`.
     """
 
     name: str
     model: str
     num_heads: int = 4
     num_layers: int = 1
-    reduced_vocab_size: int | None = 8192  # the most frequent tokens of the training text
+    reduced_vocab_size: int | None = 8192
+    tree: str | None = None
     data: Distillation = field(default_factory=Distillation)
-    training: JointConfig = field(default_factory=lambda: JointConfig(lora=LoraConfig()))
+    training: JointConfig = field(default_factory=lambda: JointConfig(lora=LoraConfig(), select="best"))
     mesh: MeshConfig = field(default_factory=MeshConfig)
     hosts: HostsConfig = field(default_factory=HostsConfig)
 
     def run(self, output_dir: Path, console: Console) -> dict[str, Any]:
-        """Distils, fits, and writes heads.safetensors and Medusa-2's `backbone`, both bfloat16, log and checkpoints."""
+        """Distils, fits, and writes heads.safetensors and Medusa-2's `backbone`, both bfloat16.
+
+        They are of the checkpoint that `training.select` names. Beside them: log.jsonl, TensorBoard events, curves as
+        PNG, and checkpoints. A run that was stopped goes on where the same `output_dir` is given.
+
+        Raises:
+          As `prepared` and `fit_joint`; ConfigError for a shape that does not fit the model.
+        """
         self.hosts.join()
         mesh, first = self.mesh.build(), jax.process_index() == 0
         model = load_model(self.model, dtype=jnp.bfloat16)
@@ -56,31 +74,25 @@ class FitJoint:
         made = read() if first else None  # one process writes
         multihost_utils.sync_global_devices("distilled")
         text, held_out = made or read(make=False)
-        answers = np.concatenate([tokens for item in text for _, tokens, _ in turns(item)])
-        vocab = model.config.vocab_size
-        size = self.reduced_vocab_size
-        token_map = None if size is None else frequent_tokens(answers, size, vocab)
-        shape = MedusaConfig(self.num_heads, model.config.hidden_size, vocab, self.num_layers, "shared", size)
-
-        def report(record: dict[str, Any]) -> None:
-            if first:
-                console.print(f"step {record['step']}", json.dumps(record["eval"]["accuracy"]))
-
-        fitted = fit_joint(
-            model.config,
-            model.params,
-            init_heads(shape, model.params, token_map),
-            text,
-            held_out,
-            self.training,
-            output_dir,
-            on=mesh,
-            report=report,
+        heads = self._start(model, text)
+        tree = tree_for(None if self.tree is None else Tree.parse(self.tree), self.num_heads)
+        training = self.training
+        fit = functools.partial(
+            fit_joint, model.config, model.params, heads, text, held_out, training, output_dir, on=mesh, tree=tree
         )
-        record = fitted.log[-1]["eval"]
         if first:
-            metadata = {"target": self.model, "config": asdict(self), **record}
-            export(output_dir, model, fitted, metadata)
+            steps, tokens = steps_of(text, training), training.batch_size * training.length
+            with RunMonitor(output_dir, console, steps=steps, tokens_per_step=tokens) as monitor:
+                fitted = fit(monitor=monitor, report=lambda record: console.print(evaluation_line(record)))
+        else:
+            fitted = fit()
+        chosen = selected(fitted.log, training.select)
+        name = tree.name or f"{tree.size} nodes"
+        figures: list[str] = []
+        if first:
+            metadata = {"target": self.model, "config": asdict(self)}
+            export(output_dir, model, fitted, metadata | {k: chosen["eval"][k] for k in ("hits", "accuracy")})
+            figures = save_training_figures(fitted.log, output_dir, name)
         return {
             "experiment": self.name,
             "config": asdict(self),
@@ -88,10 +100,25 @@ class FitJoint:
             "mesh": dict(mesh.shape),
             "processes": jax.process_count(),
             "conversations": {"training": len(text), "held_out": len(held_out)},
-            "answer_tokens": len(answers),
-            "record": record,
+            "answer_tokens": {"training": _answer_tokens(text), "held_out": _answer_tokens(held_out)},
+            "record": chosen["eval"],
+            "step": chosen["step"],
+            "tree": {"name": tree.name, "nodes": tree.size, "paths": [list(path) for path in tree.rank_paths]},
             "evaluations": [entry for entry in fitted.log if "eval" in entry],
+            "throughput": throughput(fitted.log),
+            "figures": figures,
         }
+
+    def _start(self, model: Model, text: list[Conversation]) -> Heads:
+        answers = np.concatenate([tokens for item in text for _, tokens, _ in turns(item)])
+        vocab, size = model.config.vocab_size, self.reduced_vocab_size
+        check_reduced(size, vocab)
+        shape = MedusaConfig(self.num_heads, model.config.hidden_size, vocab, self.num_layers, "shared", size)
+        return init_heads(shape, model.params, None if size is None else frequent_tokens(answers, size, vocab))
+
+
+def _answer_tokens(data: list[Conversation]) -> int:
+    return sum(len(tokens) for item in data for _, tokens, _ in turns(item))
 
 
 def export(directory: Path, model: Model, fitted: Fitted, metadata: dict[str, Any]) -> Params:

@@ -6,31 +6,32 @@ frozen target, and beside it the heads' losses with a small weight that rises by
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from specjax.config import ModelConfig
 from specjax.errors import ConfigError
-from specjax.heads import Heads, project
+from specjax.heads import Heads
 from specjax.model import forward, unembed
 from specjax.params import Params
 from specjax.training import losses
 from specjax.training.data import attention_mask
 from specjax.training.draft import DIVERGENCES
 from specjax.training.lora import Lora, LoraConfig, adapters
-from specjax.training.losses import IGNORED, chunked_cross_entropy, head_cross_entropy, label_ranks
+from specjax.training.losses import IGNORED, Weighting, chunked_cross_entropy, token_losses
+from specjax.training.optimiser import OptimiserConfig
+from specjax.training.quality import Select
 
 Batch = Mapping[str, Array]
 
 
 @dataclass(frozen=True)
-class JointConfig:
+class JointConfig(OptimiserConfig):
     """How to fit. A step is `batch_size` packed rows of `length` tokens."""
 
     epochs: int = 2
@@ -38,33 +39,34 @@ class JointConfig:
     length: int = 512
     lora: LoraConfig | None = None  # Medusa-2; None: Medusa-1, the target stays as it is
     backbone_loss: Literal["kl", "text"] = "kl"  # Medusa-2's: divergence from the frozen target, or of the text
-    learning_rate: float = 1e-3  # the heads' peak; linear warm-up, then cosine to zero
+    learning_rate: float = 1e-3  # the heads' peak
     lora_learning_rate: float = 2.5e-4  # the backbone's, on the same schedule
-    warmup: float = 0.1  # share of the steps
-    head_decay: float = 0.8  # head k's loss counts head_decay ** k
+    warmup: float = 0.1
+    weighting: Weighting = "decay"  # of the heads' losses: 1 each, or 0.8 ** i
     head_weight: float = 0.01  # Medusa-2: of the heads' losses beside the backbone's, once the ramp is over
     seed: int = 0
-    checkpoint_every: int = 100  # steps
+    checkpoint_every: int = 100  # steps between checkpoints and evaluations
+    keep: int = 2  # newest checkpoints; the best one stays as well
+    select: Select = "last"  # which checkpoint `fit_joint` gives; best: by tokens_per_round
     remat: bool = True  # computes the layers again in the backward pass: a forward pass more, for less memory
 
     def __post_init__(self) -> None:
-        if min(self.epochs, self.batch_size, self.length, self.checkpoint_every) < 1 or not 0 <= self.warmup < 1:
-            raise ConfigError(
-                f"{self}: expected epochs, batch_size, length and checkpoint_every of at least 1, 0 <= warmup < 1."
-            )
-        if min(self.learning_rate, self.lora_learning_rate, self.head_decay, self.head_weight) <= 0:
-            raise ConfigError(
-                f"{self}: expected learning_rate, lora_learning_rate, head_decay and head_weight above 0."
-            )
+        super().__post_init__()
+        if min(self.epochs, self.batch_size, self.length, self.checkpoint_every, self.keep) < 1:
+            raise ConfigError(f"{self}: expected epochs, batch_size, length, checkpoint_every and keep of at least 1.")
+        if min(self.lora_learning_rate, self.head_weight) <= 0:
+            raise ConfigError(f"{self}: expected lora_learning_rate and head_weight above 0.")
         if self.backbone_loss not in ("kl", "text"):
             raise ConfigError(f"backbone_loss is {self.backbone_loss!r}; expected 'kl' or 'text'.")
+        if self.select not in ("best", "last"):
+            raise ConfigError(f"select is {self.select!r}; expected 'best' or 'last'.")
+        losses.head_weights(self.weighting, 1)
 
-    def head_weights(self, heads: int, done: Float[Array, ""]) -> Float[Array, "C"]:
-        """What each head's loss counts when the share `done` of the steps is over."""
-        weights = self.head_decay ** jnp.arange(heads, dtype=jnp.float32)
+    def ramp(self, done: Float[Array, ""]) -> Float[Array, ""]:
+        """What the heads' losses count beside the backbone's when the share `done` of the steps is over."""
         if self.lora is None:
-            return weights
-        return weights * self.head_weight * jnp.sin(jnp.minimum(done, 1.0) * (jnp.pi / 2))
+            return jnp.float32(1.0)
+        return self.head_weight * jnp.sin(jnp.minimum(done, 1.0) * (jnp.pi / 2))
 
 
 def future_tokens(
@@ -119,6 +121,20 @@ def packed_features(
     return jax.vmap(row)(batch["tokens"], batch["positions"], batch["segments"], keys)
 
 
+def chunks(logit_width: int, *arrays: Shaped[Array, "n _"]) -> list[Shaped[Array, "c t _"]]:
+    """Positions in chunks of one size, the first array's padded with `IGNORED`, the others with zeros.
+
+    Args:
+      logit_width: float32 logits per position; a chunk's take at most `losses.LOGIT_BYTES`, or one position.
+    """
+    total = len(arrays[0])
+    count = -(-total // max(1, losses.LOGIT_BYTES // (4 * logit_width)))
+    size = -(-total // count)
+    pad = ((0, count * size - total), (0, 0))
+    filled = [jnp.pad(array, pad, constant_values=0 if i else IGNORED) for i, array in enumerate(arrays)]
+    return [array.reshape(count, size, array.shape[1]) for array in filled]
+
+
 def chunk_sums(
     function: Callable[..., Any], logit_width: int, labels: Int[Array, "n C"], *features: Float[Array, "n D"]
 ) -> Any:
@@ -126,17 +142,11 @@ def chunk_sums(
 
     Args:
       function: gives zero for positions whose labels are `IGNORED`; it is computed again in the backward pass.
-      logit_width: float32 logits per position; a chunk's take at most `losses.LOGIT_BYTES`, or one position.
+      logit_width: as for `chunks`.
     """
-    total = len(labels)
-    chunks = -(-total // max(1, losses.LOGIT_BYTES // (4 * logit_width)))
-    if chunks == 1:
+    parts = chunks(logit_width, labels, *features)
+    if len(parts[0]) == 1:
         return function(labels, *features)
-    size = -(-total // chunks)
-    more = chunks * size - total
-    parts = [jnp.pad(labels, ((0, more), (0, 0)), constant_values=IGNORED)]
-    parts += [jnp.pad(array, ((0, more), (0, 0))) for array in features]
-    parts = [array.reshape(chunks, size, -1) for array in parts]
     once = jax.checkpoint(function)
     zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(once, *(p[0] for p in parts)))
     return jax.lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, once(*part)), None), zero, parts)[0]
@@ -151,7 +161,7 @@ def backbone_sum(
     def sums(labels: Int[Array, "t 1"], ours: Float[Array, "t D"], *frozen: Float[Array, "t D"]) -> Float[Array, ""]:
         logits = unembed(params, ours)
         if not frozen:
-            return head_cross_entropy(logits[None], labels)[0] * jnp.sum(labels != IGNORED)
+            return jnp.sum(token_losses(logits[None], labels))
         apart = DIVERGENCES["forward_kl"](
             jax.nn.log_softmax(unembed(params, frozen[0]), -1), jax.nn.log_softmax(logits, -1)
         )
@@ -201,9 +211,10 @@ def joint_loss(
         each = chunked_cross_entropy(half, projection, features, labels)
         return each * jnp.sum(labels != IGNORED, axis=0)
 
-    each = jnp.sum(_by_shard(head_sums, shards, reduced_rows(heads, labels), ours), axis=0)
+    each = jnp.sum(by_shard(head_sums, shards, reduced_rows(heads, labels), ours), axis=0)
     each = each / jnp.maximum(jnp.sum(reduced_rows(heads, labels) != IGNORED, axis=(0, 1)), 1)
-    value = jnp.sum(each * settings.head_weights(heads.config.num_heads, done))
+    weights = losses.head_weights(settings.weighting, heads.config.num_heads, scale=1.0)
+    value = settings.ramp(done) * jnp.sum(each * weights)
     if lora is None:
         return value, {"losses": each}
     compared = (lm_labels, ours) if settings.backbone_loss == "text" else (lm_labels, ours, base)
@@ -211,7 +222,7 @@ def joint_loss(
     def backbone_sums(labels: Int[Array, "n 1"], ours: Array, base: Array | None = None) -> Float[Array, ""]:
         return backbone_sum(frozen, labels, ours, base)
 
-    backbone = jnp.sum(_by_shard(backbone_sums, shards, *compared)) / jnp.maximum(jnp.sum(lm_labels != IGNORED), 1)
+    backbone = jnp.sum(by_shard(backbone_sums, shards, *compared)) / jnp.maximum(jnp.sum(lm_labels != IGNORED), 1)
     return value + backbone, {"losses": each, "backbone": backbone}
 
 
@@ -222,69 +233,7 @@ def split_labels(heads: Heads, batch: Batch) -> tuple[Int[Array, "B T 1"], Int[A
     return labels[..., :1], labels[..., 1:]
 
 
-def _by_shard(function: Callable[..., Any], shards: int, *arrays: Any) -> Any:
-    # Each device group goes through its own positions in chunks: chunks of all positions end to end would each lie on
-    # one of the groups, while the others wait.
+def by_shard(function: Callable[..., Any], shards: int, *arrays: Any) -> Any:
+    """`function` of each device group's own positions: chunks of all positions end to end would each lie on one of the
+    groups, while the others wait. The results are stacked."""
     return jax.vmap(function)(*(array.reshape(shards, -1, array.shape[-1]) for array in arrays))
-
-
-def held_out_sums(
-    trained: Mapping[str, Any],
-    heads: Heads,
-    frozen: Params,
-    projection: Float[Array, "R D"] | None,
-    config: ModelConfig,
-    batch: Batch,
-    settings: JointConfig,
-    *,
-    max_rank: int = 10,
-    shards: int = 1,
-) -> dict[str, Array]:
-    """Sums over a batch, without dropout: `hits` [C max_rank], how often head i ranks the true token r-th; `labelled`
-    [C]; `backbone`, the backbone loss, over `tokens` positions (both zero in Medusa-1). Arguments as in `joint_loss`.
-    """
-    dtype = frozen.dtype
-    half = replace(heads, params=jax.tree.map(lambda p: p.astype(dtype), trained["heads"]))
-    lora = None if settings.lora is None else jax.tree.map(lambda p: p.astype(dtype), trained["lora"])
-    ours = packed_features(frozen, config, batch, lora=lora)
-    lm_labels, labels = split_labels(heads, batch)
-    rows = reduced_rows(heads, labels)
-
-    def hits(labels: Int[Array, "t C"], features: Float[Array, "t D"]) -> Int[Array, "C r"]:
-        ranks = label_ranks(project(half, projection, features), labels)
-        return jnp.sum(ranks[..., None] == jnp.arange(max_rank), axis=1)
-
-    def head_sums(labels: Int[Array, "n C"], features: Float[Array, "n D"]) -> Int[Array, "C r"]:
-        return chunk_sums(hits, heads.config.num_heads * heads.config.output_size, labels, features)
-
-    sums = {
-        "hits": jnp.sum(_by_shard(head_sums, shards, rows, ours), axis=0),
-        "labelled": jnp.sum(labels != IGNORED, axis=(0, 1)),
-        "backbone": jnp.float32(0),
-        "tokens": jnp.int32(0),
-    }
-    if lora is not None:
-        compared = [lm_labels, ours]
-        if settings.backbone_loss == "kl":
-            compared.append(packed_features(frozen, config, batch))
-        each = _by_shard(
-            lambda labels, *f: backbone_sum(frozen, labels, f[0], f[1] if f[1:] else None), shards, *compared
-        )
-        sums |= {"backbone": jnp.sum(each), "tokens": jnp.sum(lm_labels != IGNORED)}
-    return sums
-
-
-def accuracies(sums: Sequence[Mapping[str, np.ndarray]], top: Sequence[int]) -> dict[str, Any]:
-    """The `eval` record of `held_out_sums`: `accuracy` by top-k, `hits` as shares, and in Medusa-2 `backbone`, in nats.
-
-    Labels outside the heads' vocabulary count as misses.
-    """
-    total = jax.tree.map(lambda *parts: np.sum(np.stack(parts), axis=0), *sums)
-    hits = total["hits"] / np.maximum(total["labelled"], 1)[:, None]
-    record = {
-        "accuracy": {f"top{k}": hits[:, :k].sum(1).round(4).tolist() for k in top},
-        "hits": hits.round(5).tolist(),
-    }
-    if total["tokens"]:
-        record["backbone"] = float(total["backbone"] / total["tokens"])
-    return record

@@ -1,54 +1,62 @@
 """The trainer of `joint`: Medusa-1 on the fly and Medusa-2, on one device or a mesh over several hosts."""
 
 import functools
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh
 from jaxtyping import Array
 
 from specjax import params as parameters
 from specjax.config import ModelConfig
 from specjax.errors import ConfigError, DataError
+from specjax.fingerprint import fingerprint
 from specjax.heads import Heads, draft_projection
 from specjax.params import Params, ParamSpec, named_sharding
 from specjax.training import loop, mesh
 from specjax.training.data import Conversation, packed
-from specjax.training.joint import JointConfig, accuracies, held_out_sums, joint_loss
+from specjax.training.identity import settings_of, text_identity
+from specjax.training.joint import JointConfig, joint_loss
+from specjax.training.joint_evaluation import joint_record, judged
 from specjax.training.lora import Lora, init_lora, lora_shardings
-from specjax.training.trainer import TOP
+from specjax.training.optimiser import Optimiser, build, whole_updates
+from specjax.training.quality import tree_for
+from specjax.tree import Tree
 
 
 class Fitted(NamedTuple):
-    """What `fit_joint` gives: float32 parameters, whole in every process, and the log of `loop.fit`."""
+    """What `fit_joint` gives: the selected checkpoint's float32 parameters, whole in every process (the averaged ones
+    where there are any), and the log of `loop.fit`."""
 
     heads: Heads
     lora: Lora | None  # None for Medusa-1
     log: list[dict[str, Any]]
 
 
-def optimiser(settings: JointConfig, steps: int) -> optax.GradientTransformation:
-    """AdamW with clipping, linear warm-up and cosine; of `{"heads": ..., "lora": ...}`, `lora` at its own rate."""
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, settings.learning_rate, max(1, int(settings.warmup * steps)), steps, 0.0
-    )
-    slower = settings.lora_learning_rate / settings.learning_rate
+def steps_of(data: Sequence[Conversation], settings: JointConfig) -> int:
+    """Batches in a whole run: what the epochs' tokens fill, down to a whole number of updates.
 
-    def apart(updates: Any, params: Any) -> Any:
-        return {n: u if n == "heads" else jax.tree.map(lambda x: x * slower, u) for n, u in updates.items()}
+    Raises:
+      DataError: fewer than two batches, or than two updates.
+    """
+    tokens = sum(min(len(item), settings.length) for item in data)
+    steps = whole_updates(settings.epochs * tokens // (settings.batch_size * settings.length), settings)
+    if steps < 2 * settings.accumulate:
+        raise DataError(
+            f"{len(data)} conversations of {tokens} tokens do not fill two batches of {settings.batch_size} x "
+            f"{settings.length}, {settings.accumulate} times, in {settings.epochs} epochs; lower batch_size or "
+            "accumulate."
+        )
+    return steps
 
-    adam = optax.adamw(schedule, weight_decay=0.0)
-    return optax.chain(optax.clip_by_global_norm(1.0), adam, optax.stateless(apart))
 
-
-def start(config: ModelConfig, heads: Heads, settings: JointConfig, steps: int, on: Mesh) -> tuple[Any, Any]:
-    """The state before the first step, placed on the mesh, and its shardings: `trained`, `opt` and `step`.
+def start(config: ModelConfig, heads: Heads, settings: JointConfig, optimiser: Optimiser, on: Mesh) -> tuple[Any, Any]:
+    """The optimiser's state before the first step, placed on the mesh, and its shardings.
 
     Raises:
       ConfigError: a dimension that its mesh axis does not divide.
@@ -58,14 +66,8 @@ def start(config: ModelConfig, heads: Heads, settings: JointConfig, steps: int, 
     if settings.lora is not None:
         trained["lora"] = init_lora(jax.random.key(settings.seed), config, settings.lora)
         where["lora"] = lora_shardings(config, settings.lora, on)
-    optim, everywhere = optimiser(settings, steps), mesh.replicated(on)
-    shardings = {
-        "trained": where,
-        "opt": mesh.optimiser_shardings(optim, trained, where, on),
-        "step": everywhere,
-    }
-    state = {"trained": trained, "opt": optim.init(trained), "step": jnp.int32(0)}
-    return mesh.put(state, shardings), shardings
+    shardings = mesh.optimiser_shardings(optimiser, trained, where, on)
+    return mesh.put(optimiser.init(trained), shardings), shardings
 
 
 def fit_joint(
@@ -78,34 +80,37 @@ def fit_joint(
     directory: Path,
     *,
     on: Mesh,
+    tree: Tree | None = None,
     report: Callable[[dict[str, Any]], None] = lambda record: None,
+    monitor: loop.Monitor | None = None,
 ) -> Fitted:
     """Fits `heads` (float32), and with `settings.lora` the target's LoRA changes, to conversations.
 
-    A step's record has the loss, every head's (`losses`, nats), Medusa-2's `backbone` loss and the gradient's norm; an
-    evaluation's `eval` is that of `joint.accuracies` on `held_out`. A later call resumes from `directory`. Several
-    processes call it with the same arguments and one directory that all of them see.
+    A step's record has the loss, every head's (`losses`, nats), Medusa-2's `backbone` loss, the gradient's norm and the
+    heads' learning rate; an evaluation's `eval` is a `joint_record` on `held_out`, all of it. A later call resumes from
+    `directory`. Several processes call it with the same arguments and one directory that all of them see. Tokens per
+    second are those of whole rows, padding included.
 
     Args:
       target: stays as it is; products run in its dtype.
       on: the mesh.
+      tree: what `tokens_per_round` is of; None: `default_tree`.
+      monitor: follows the run (`monitor.RunMonitor`).
 
     Raises:
+      TreeError: a tree deeper than there are heads, or too wide to simulate.
       ConfigError: heads of another shape than the target, or rows or a dimension that the mesh does not divide.
       DataError: too little data, data of another vocabulary, or a loss that is not finite (the last checkpoint stays as
         it was).
+      CheckpointError: a full disk, or a directory in which a run of other settings, heads, target, data or tree was
+        begun.
     """
     mesh.check_rows(settings.batch_size, on)
     _check(config, heads, [*data, *held_out])
-    tokens = sum(min(len(item), settings.length) for item in data)
-    steps = settings.epochs * tokens // (settings.batch_size * settings.length)
-    if steps < 2:
-        raise DataError(
-            f"{len(data)} conversations of {tokens} tokens do not fill two batches of {settings.batch_size} x "
-            f"{settings.length} in {settings.epochs} epochs; lower batch_size."
-        )
-    state, shardings = start(config, heads, settings, steps, on)
-    optim, everywhere, shards = optimiser(settings, steps), mesh.replicated(on), on.shape[mesh.DATA]
+    tree, steps = tree_for(tree, heads.config.num_heads), steps_of(data, settings)
+    optimiser = build(settings, steps, {"lora": settings.lora_learning_rate / settings.learning_rate})
+    state, shardings = start(config, heads, settings, optimiser, on)
+    everywhere, shards = mesh.replicated(on), on.shape[mesh.DATA]
     frozen = mesh.put(target, parameters.shardings(config, on))
     projection = draft_projection(heads, target.unembedding)
     if projection is not None:
@@ -121,32 +126,45 @@ def fit_joint(
                 trained, heads, frozen, projection, config, batch, settings, done=done, key=key, shards=shards
             )
 
-        (value, parts), grads = jax.value_and_grad(loss, has_aux=True)(state["trained"])
-        updates, opt = optim.update(grads, state["opt"], state["trained"])
-        metrics = {"loss": value, **parts, "gradient_norm": optax.global_norm(grads)}
-        trained = optax.apply_updates(state["trained"], updates)
-        return {"trained": trained, "opt": opt, "step": state["step"] + 1}, metrics
+        (value, parts), grads = jax.value_and_grad(loss, has_aux=True)(state["params"])
+        state, metrics = optimiser.update(state, grads)
+        return state, {"loss": value, **parts, **metrics}
 
     @functools.partial(jax.jit, out_shardings=everywhere)
-    def sums(trained: Any, batch: dict[str, Array], frozen: Params, projection: Any) -> dict[str, Array]:
-        return held_out_sums(trained, heads, frozen, projection, config, batch, settings, shards=shards)
+    def judge(state: Any, batch: dict[str, Array], frozen: Params, projection: Any) -> dict[str, Array]:
+        return judged(optimiser.evaluated(state), heads, frozen, projection, config, batch, settings, shards=shards)
 
     def evaluate(state: Any) -> dict[str, Any]:
-        made = (mesh.put_batch(batch, on) for batch in _batches(held_out, settings, epochs=1))
-        return accuracies([jax.device_get(sums(state["trained"], b, frozen, projection)) for b in made], TOP)
+        batches = list(_batches(held_out, settings, epochs=1))
+        found = [jax.device_get(judge(state, mesh.put_batch(batch, on), frozen, projection)) for batch in batches]
+        return joint_record(batches, found, tree)
 
+    batches = _batches(data, settings, epochs=None)
     trained = loop.fit(
         lambda state, batch: step(state, batch, frozen, projection),
         state,
-        _batches(data, settings, epochs=None),
+        batches,
         steps=steps,
         directory=directory,
         checkpoint_every=settings.checkpoint_every,
+        settings={
+            "training": settings_of(settings),
+            "heads": asdict(heads.config) | {"fingerprint": fingerprint((heads.params, heads.token_map))},
+            "target": fingerprint(target),
+            "data": text_identity(data),
+            "held_out": text_identity(held_out),
+            "tree": [list(path) for path in tree.rank_paths],
+        },
         evaluate=evaluate,
         report=report,
+        score=lambda found: found["tokens_per_round"],
+        keep=settings.keep,
+        per_step={"tokens": settings.batch_size * settings.length},
+        monitor=monitor,
         placement=loop.Placement(lambda state: state, functools.partial(mesh.put_batch, on=on)),
     )
-    whole = mesh.gather(trained.state["trained"], on)
+    chosen = trained.state if settings.select == "last" else loop.best_state(directory, trained.state, batches)
+    whole = mesh.gather(jax.jit(optimiser.evaluated)(chosen), on)
     whole = jax.tree.map(jnp.asarray, whole)
     return Fitted(replace(heads, params=whole["heads"]), whole.get("lora"), trained.log)
 
@@ -171,4 +189,5 @@ def _check(config: ModelConfig, heads: Heads, data: list[Conversation]) -> None:
 def _batches(data: list[Conversation], settings: JointConfig, epochs: int | None) -> Any:
     # Without cached features: these are computed.
     text = [replace(item, features=None) for item in data]
-    return packed(text, length=settings.length, batch_size=settings.batch_size, seed=settings.seed, epochs=epochs)
+    shape = {"length": settings.length, "batch_size": settings.batch_size, "seed": settings.seed}
+    return packed(text, **shape, epochs=epochs, whole=epochs is not None)

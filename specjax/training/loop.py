@@ -18,6 +18,7 @@ import numpy as np
 
 from specjax.errors import CheckpointError, DataError
 from specjax.loading import checkpoint
+from specjax.training import identity
 
 Step = Callable[[Any, Any], tuple[Any, dict[str, jax.Array]]]
 LOG = "log.jsonl"
@@ -60,6 +61,7 @@ def fit(
     steps: int,
     directory: Path,
     checkpoint_every: int,
+    settings: Mapping[str, Any] | None = None,
     evaluate: Callable[[Any], dict[str, Any]] | None = None,
     report: Callable[[dict[str, Any]], None] = lambda record: None,
     score: Callable[[dict[str, Any]], float] | None = None,
@@ -77,6 +79,8 @@ def fit(
       state: a pytree of arrays, of the shape and dtype that checkpoints have. It is left intact.
       batches: dicts of NumPy arrays, in a fixed order.
       checkpoint_every: steps between checkpoints; there is one at the end too. Losses are checked and logged then.
+      settings: what the run depends on, the data too, as JSON takes it (`identity`): a run is resumed only with the
+        settings that it was begun with. None: nobody checks.
       evaluate: gives an `eval` record before the first step and at every checkpoint.
       report: called with every evaluation's record.
       score: of an `eval` record; the checkpoint with the highest one stays beside the newest `keep`.
@@ -86,14 +90,19 @@ def fit(
 
     Raises:
       DataError: data that ends early, or a loss that is not finite; the last checkpoint then holds the state before.
-      CheckpointError: a checkpoint of another shape, or beyond `steps`; a full disk, with the last checkpoint intact.
+      CheckpointError: a checkpoint of other settings, of another shape, or beyond `steps`; a full disk, with the last
+        checkpoint intact.
     """
     directory.mkdir(parents=True, exist_ok=True)
     checkpoints, iterator = directory / "checkpoints", iter(batches)
     state = placement.state(jax.tree.map(jnp.array, state))  # a step may donate its state: keep the caller's
     first = checkpoint.latest(checkpoints)
     log: list[dict[str, Any]] = []
+    if settings is not None and first is None:
+        _write(directory / identity.FILE, identity.as_json(settings))
     if first is not None:
+        if settings is not None:
+            identity.check(directory / identity.FILE, settings)
         if first > steps:
             raise CheckpointError(
                 f"{checkpoints} is at step {first}, past the {steps} that are asked for; ask for more, or name "
@@ -179,14 +188,18 @@ def _records(metrics: list[dict[str, np.ndarray]], first: int) -> list[dict[str,
 
 
 def _write_log(directory: Path, log: list[dict[str, Any]]) -> None:
+    _write(directory / LOG, "".join(json.dumps(record) + "\n" for record in log))
+
+
+def _write(file: Path, text: str) -> None:
     if jax.process_index() != 0:
         return
-    partial = directory / (LOG + ".tmp")
+    partial = file.with_name(file.name + ".tmp")
     try:
-        partial.write_text("".join(json.dumps(record) + "\n" for record in log), "utf-8")
-        partial.replace(directory / LOG)
+        partial.write_text(text, "utf-8")
+        partial.replace(file)
     except OSError as error:
         raise CheckpointError(
-            f"{directory / LOG} cannot be written: {error}; is the disk full? Make room and run again: the last "
-            "checkpoint is intact."
+            f"{file} cannot be written: {error}; is the disk full? Make room and run again: the last checkpoint is "
+            "intact."
         ) from error

@@ -69,10 +69,14 @@ def reduce_labels(
 
 def head_cross_entropy(logits: Float[Array, "C T V"], labels: Int[Array, "T C"]) -> Float[Array, "C"]:
     """Mean cross-entropy of each head over its labelled positions, in nats."""
+    return jnp.sum(token_losses(logits, labels), axis=1) / jnp.maximum(jnp.sum(labels.T != IGNORED, axis=1), 1)
+
+
+def token_losses(logits: Float[Array, "C T V"], labels: Int[Array, "T C"]) -> Float[Array, "C T"]:
+    """Cross-entropy of each head at each position, in nats; zero where unlabelled."""
     valid = labels.T != IGNORED
     picked = jnp.take_along_axis(logits, jnp.where(valid, labels.T, 0)[..., None], axis=-1)[..., 0]
-    losses = jax.nn.logsumexp(logits, axis=-1) - picked
-    return jnp.sum(jnp.where(valid, losses, 0.0), axis=1) / jnp.maximum(jnp.sum(valid, axis=1), 1)
+    return jnp.where(valid, jax.nn.logsumexp(logits, axis=-1) - picked, 0.0)
 
 
 def chunked_cross_entropy(

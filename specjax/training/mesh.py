@@ -18,6 +18,7 @@ from jaxtyping import Shaped
 from specjax.errors import ConfigError
 from specjax.heads import Heads
 from specjax.params import DEFAULT_SHARDING, ParamSpec, named_sharding
+from specjax.training.optimiser import Optimiser
 
 DATA, MODEL = "data", "model"
 
@@ -113,8 +114,9 @@ def head_shardings(heads: Heads, mesh: Mesh, rules: Mapping[str, str] = DEFAULT_
     }
 
 
-def optimiser_shardings(optimiser: optax.GradientTransformation, params: Any, shardings: Any, mesh: Mesh) -> Any:
-    """A `NamedSharding` for every array of the optimiser's state: moments as the parameters, all else on every device.
+def optimiser_shardings(optimiser: Optimiser, params: Any, shardings: Any, mesh: Mesh) -> Any:
+    """A `NamedSharding` for every array of the optimiser's state: moments and averages as the parameters, all else on
+    every device.
 
     Args:
       params: arrays or their shapes.

@@ -1,7 +1,7 @@
 """What a training run shows while it runs: a live line on the terminal, and TensorBoard event files."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,21 @@ class RunMonitor:
         top1 = found.get("accuracy", {}).get("top1")
         if top1:
             self._progress.update(self._task, top1=f"{top1[0]:.3f}")
+
+
+def evaluation_line(entry: Mapping[str, Any]) -> str:
+    """An evaluation of the log in one line."""
+    found = entry["eval"]
+    backbone = f", backbone loss {found['backbone']:.4f}" if "backbone" in found else ""
+    return (
+        f"step {entry['step']}: top-1 {found['accuracy']['top1']}, top-3 {found['accuracy']['top3']}, "
+        f"loss {[round(x, 3) for x in found['losses']]}, {found['tokens_per_round']:.3f} tokens per round{backbone}"
+    )
+
+
+def throughput(log: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The last amounts by the second in a log."""
+    return {k: v for entry in log if "loss" in entry for k, v in entry.items() if k.endswith("_per_second")}
 
 
 def _scalars(value: Any, path: str = "") -> Iterator[tuple[str, float]]:

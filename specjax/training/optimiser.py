@@ -1,6 +1,6 @@
 """The optimiser from a config, all of it Optax: AdamW, a schedule, clipping, accumulation, averaged parameters."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -19,8 +19,10 @@ class OptimiserConfig:
     """AdamW's settings; a step is one batch, an update `accumulate` of them."""
 
     learning_rate: float = 2e-3  # peak
-    schedule: Schedule = "cosine"  # after the warm-up: down to zero by a cosine or a line, or constant
+    schedule: Schedule = "cosine"  # after the warm-up: down by a cosine or a line, or constant
     warmup: float = 0.05  # share of the updates, rising linearly from zero
+    final: float = 0.0  # share of the peak that cosine and line end at
+    b2: float = 0.999  # decay of the second moment
     weight_decay: float = 0.0
     clip: float | None = 1.0  # largest global norm of the gradient; None: no limit
     accumulate: int = 1  # batches whose mean gradient makes one update
@@ -33,6 +35,8 @@ class OptimiserConfig:
             )
         if self.schedule not in ("cosine", "linear", "constant"):
             raise ConfigError(f"schedule is {self.schedule!r}; expected 'cosine', 'linear' or 'constant'.")
+        if not 0 <= self.final <= 1 or not 0 < self.b2 < 1:
+            raise ConfigError(f"final is {self.final}, b2 {self.b2}; expected 0 <= final <= 1 and 0 < b2 < 1.")
         if self.clip is not None and not self.clip > 0:
             raise ConfigError(f"clip is {self.clip}; expected a norm > 0, or None for no clipping.")
         if self.ema is not None and not 0 <= self.ema < 1:
@@ -59,23 +63,32 @@ def schedule(config: OptimiserConfig, updates: int) -> optax.Schedule:
     falling = max(1, updates - rising)
     peak = config.learning_rate
     after = {
-        "cosine": optax.cosine_decay_schedule(peak, falling),
-        "linear": optax.linear_schedule(peak, 0.0, falling),
+        "cosine": optax.cosine_decay_schedule(peak, falling, config.final),
+        "linear": optax.linear_schedule(peak, peak * config.final, falling),
         "constant": optax.constant_schedule(peak),
     }[config.schedule]
     return optax.join_schedules([optax.linear_schedule(0.0, peak, rising), after], [rising]) if rising else after
 
 
-def transformation(config: OptimiserConfig, updates: int) -> optax.GradientTransformation:
-    """Clipping, then AdamW on the schedule; without accumulation, which `build` adds."""
-    adamw = optax.adamw(schedule(config, updates), weight_decay=config.weight_decay)
-    return adamw if config.clip is None else optax.chain(optax.clip_by_global_norm(config.clip), adamw)
+def whole_updates(steps: int, config: OptimiserConfig) -> int:
+    """The most batches, up to `steps`, that make a whole number of updates."""
+    return steps // config.accumulate * config.accumulate
 
 
-def build(config: OptimiserConfig, steps: int) -> Optimiser:
-    """The optimiser for a run of `steps` batches."""
+def build(config: OptimiserConfig, steps: int, factors: Mapping[str, float] | None = None) -> Optimiser:
+    """The optimiser for a run of `steps` batches: clipping, then AdamW on the schedule, of every `accumulate` batches.
+
+    Args:
+      factors: of the learning rate, for some of the parameters' top-level names; those that are not named have 1.
+    """
     updates = max(1, steps // config.accumulate)
-    rate, inner = schedule(config, updates), transformation(config, updates)
+    rate, parts = schedule(config, updates), list[optax.GradientTransformation]()
+    if config.clip is not None:
+        parts.append(optax.clip_by_global_norm(config.clip))
+    parts.append(optax.adamw(rate, b2=config.b2, weight_decay=config.weight_decay))
+    if factors is not None:
+        parts.append(_scaled(factors))
+    inner = optax.chain(*parts)
     optimiser = optax.MultiSteps(inner, config.accumulate) if config.accumulate > 1 else inner
     average = None if config.ema is None else optax.ema(config.ema, debias=True)
 
@@ -103,3 +116,10 @@ def build(config: OptimiserConfig, steps: int) -> Optimiser:
         return jax.tree.map(lambda a, p: jnp.where(ema.count > 0, a, p), started, state["params"])
 
     return Optimiser(init, update, evaluated)
+
+
+def _scaled(factors: Mapping[str, float]) -> optax.GradientTransformation:
+    def scale(updates: Any, _: Any) -> Any:
+        return {name: optax.tree.scale(factors.get(name, 1.0), part) for name, part in updates.items()}
+
+    return optax.stateless(scale)

@@ -2,9 +2,9 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import grain
 import jax
@@ -12,14 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from specjax.analysis.simulate import accepted_lengths
-from specjax.analysis.table import UNLABELLED, RankTable
-from specjax.errors import ConfigError, DataError, TreeError
+from specjax.analysis.table import UNLABELLED
+from specjax.errors import ConfigError, DataError
+from specjax.fingerprint import fingerprint
 from specjax.heads import Heads, draft_projection, project
 from specjax.model import dot
 from specjax.params import Params
 from specjax.training import loop
 from specjax.training.distill import Answers
+from specjax.training.identity import arrays_fingerprint, settings_of
 from specjax.training.losses import (
     IGNORED,
     LOGIT_BYTES,
@@ -30,12 +31,11 @@ from specjax.training.losses import (
     head_weights,
     label_ranks,
     reduce_labels,
+    token_losses,
 )
-from specjax.training.optimiser import Optimiser, OptimiserConfig, State, build
+from specjax.training.optimiser import Optimiser, OptimiserConfig, State, build, whole_updates
+from specjax.training.quality import CAP, Quality, Select, held_out_ranks, record, tree_for
 from specjax.tree import Tree
-
-TOP = (1, 2, 3, 5, 10)
-_CAP = 32  # ranks below it are exact in an evaluation: the widest tree that can be simulated
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class TrainConfig(OptimiserConfig):
     seed: int = 0
     checkpoint_every: int | None = None  # steps between checkpoints and evaluations; None: once an epoch
     keep: int = 2  # newest checkpoints; the best one stays as well
-    select: Literal["best", "last"] = "last"  # which checkpoint's heads `train` gives; best: by tokens_per_round
+    select: Select = "last"  # which checkpoint's heads `train` gives; best: by tokens_per_round
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -129,6 +129,12 @@ def frequent_tokens(tokens: Int[np.ndarray, "n"], size: int, vocab: int) -> Int[
     return np.sort(np.argsort(-counts, kind="stable")[:size]).astype(np.int32)
 
 
+def check_reduced(size: int | None, vocab: int) -> None:
+    """Raises ConfigError for a reduced vocabulary larger than the whole, or without a token."""
+    if size is not None and not 1 <= size <= vocab:
+        raise ConfigError(f"reduced_vocab_size is {size}; expected 1 to {vocab}, the model's vocabulary, or None.")
+
+
 @functools.partial(jax.jit, static_argnames="k")
 def _likeliest(
     matrix: Float[Array, "R D"], features: Float[Array, "T D"], k: int
@@ -162,22 +168,7 @@ def _evaluate(
     heads: Heads, projection: Float[Array, "R D"] | None, features: Float[Array, "T D"], labels: Int[Array, "T C"]
 ) -> tuple[Int[Array, "C T"], Float[Array, "C"]]:
     logits = project(heads, projection, features)
-    valid = labels.T != IGNORED
-    picked = jnp.take_along_axis(logits, jnp.where(valid, labels.T, 0)[..., None], axis=-1)[..., 0]
-    losses = jnp.where(valid, jax.nn.logsumexp(logits, axis=-1) - picked, 0.0)
-    return label_ranks(logits, labels), jnp.sum(losses, axis=1)
-
-
-class Quality(NamedTuple):
-    """How good heads are on held-out text.
-
-    Attributes:
-      ranks: of the true tokens: a rank table without the target's side (zeros there).
-      losses: mean cross-entropy of each head, in nats, over the labels it can say.
-    """
-
-    ranks: RankTable
-    losses: Float[np.ndarray, "C"]
+    return label_ranks(logits, labels), jnp.sum(token_losses(logits, labels), axis=1)
 
 
 def evaluate(heads: Heads, target: Params, data: Dataset) -> Quality:
@@ -196,34 +187,8 @@ def evaluate(heads: Heads, target: Params, data: Dataset) -> Quality:
         losses += np.asarray(summed)
     losses /= np.maximum((data.labels != IGNORED).sum(0), 1)
     there = data.following[:, None] > np.arange(num)
-    ranks = np.where(there, np.where(data.labels == IGNORED, _CAP, np.minimum(ranks, _CAP)), UNLABELLED)
-    blank, names = np.zeros(count, np.float32), ("held_out",) * len(data.lengths)
-    confidence = np.zeros((count, num), np.float32)
-    table = RankTable(ranks.astype(np.int16), confidence, blank, blank, blank, data.lengths, names, _CAP)
-    return Quality(table, losses)
-
-
-def default_tree(heads: int) -> Tree:
-    """The tree that training is judged by where none is named: three drafts, two after each, then one after each."""
-    return Tree.cartesian((3, 2, 1, 1, 1, 1, 1, 1)[: min(heads, 8)])
-
-
-def record(quality: Quality, tree: Tree) -> dict[str, Any]:
-    """An evaluation as the log has it.
-
-    `accuracy` by top-k and head, `losses`, `hits` (hits[i, r]: the share of positions where head i ranks the true token
-    r-th), and `tokens_per_round`: what decoding with `tree` would commit, walked over the held-out text by its ranks.
-    That is exact on the target's own greedy answers; on other text it is what the target would confirm of it.
-    """
-    hits, table = quality.ranks.hits(), quality.ranks
-    drafts = [accepted_lengths(table, tree, i) for i in range(len(table.lengths))]
-    rounds = sum(map(len, drafts))
-    return {
-        "accuracy": {f"top{k}": hits[:, :k].sum(1).round(4).tolist() for k in TOP},
-        "losses": quality.losses.round(5).tolist(),
-        "tokens_per_round": round(1 + float(sum(d.sum() for d in drafts)) / max(rounds, 1), 5),
-        "hits": hits[:, : max(TOP)].round(5).tolist(),
-    }
+    ranks = np.where(there, np.where(data.labels == IGNORED, CAP, np.minimum(ranks, CAP)), UNLABELLED)
+    return Quality(held_out_ranks(ranks, data.lengths), losses)
 
 
 def medusa_step(
@@ -287,15 +252,10 @@ def train(
     Raises:
       TreeError: a tree deeper than there are heads, or too wide to simulate.
       DataError: fewer positions than one batch, or a loss that is not finite (the last checkpoint stays as it was).
-      CheckpointError: a full disk, or checkpoints of another configuration.
+      CheckpointError: a full disk, or a directory in which a run of other settings, heads, data or tree was begun.
     """
     num, dtype = heads.config.num_heads, jnp.dtype(config.compute)
-    tree = default_tree(num) if tree is None else tree
-    if tree.max_depth > num or max(tree.ranks) >= _CAP:
-        raise TreeError(
-            f"the tree is {tree.max_depth} deep with ranks up to {max(tree.ranks)}; {num} heads can fill a depth of "
-            f"{num}, and ranks below {_CAP} are simulated. Name another tree."
-        )
+    tree = tree_for(tree, num)
     steps = steps_of(data, config)
     optimiser, batches = build(config, steps), _batches(data, heads, target, config)
     rows = draft_projection(heads, target.unembedding)
@@ -313,6 +273,13 @@ def train(
         steps=steps,
         directory=directory,
         checkpoint_every=config.checkpoint_every or len(data.features) // config.batch_size,
+        settings={
+            "training": settings_of(config),
+            "heads": asdict(heads.config) | {"fingerprint": fingerprint((heads.params, heads.token_map))},
+            "data": _identity(data),
+            "held_out": _identity(held_out),
+            "tree": [list(path) for path in tree.rank_paths],
+        },
         evaluate=judged,
         report=report,
         score=lambda found: found["tokens_per_round"],
@@ -325,6 +292,11 @@ def train(
     return replace(heads, params=optimiser.evaluated(chosen)), trained.log
 
 
+def _identity(data: Dataset) -> dict[str, Any]:
+    mark = arrays_fingerprint(data.features, data.labels, data.lengths)
+    return {"positions": len(data.features), "labels": int((data.labels != IGNORED).sum()), "fingerprint": mark}
+
+
 def steps_of(data: Dataset, config: TrainConfig) -> int:
     """Batches in a whole run: those of every epoch, down to a whole number of updates.
 
@@ -332,7 +304,7 @@ def steps_of(data: Dataset, config: TrainConfig) -> int:
       DataError: fewer positions than one batch, or batches than one update.
     """
     per_epoch = len(data.features) // config.batch_size
-    steps = per_epoch * config.epochs // config.accumulate * config.accumulate
+    steps = whole_updates(per_epoch * config.epochs, config)
     if per_epoch == 0 or steps == 0:
         raise DataError(
             f"{len(data.features)} positions in {config.epochs} epochs do not fill one batch of {config.batch_size}, "

@@ -25,6 +25,7 @@ CONFIG = sj.ModelConfig("qwen2", 64, 32, 32, 1, 4, 4, 8, qkv_bias=True)  # K, F 
 SETTINGS = JointConfig(
     epochs=1, batch_size=8, length=24, lora=LoraConfig(4, 8.0, 0.1), checkpoint_every=20, learning_rate=5e-3,
     lora_learning_rate=2e-3, head_weight=0.5, backbone_loss="text", remat=False,
+    accumulate=2, ema=0.5, select="best",
 )  # fmt: skip
 STEPS = 20
 

@@ -45,6 +45,22 @@ def test_every_conversation_stands_whole_in_one_row():
     assert sorted(seen) == list(range(1, 81))
 
 
+@pytest.mark.parametrize("batch_size", [1, 7, 300])
+def test_a_whole_pass_leaves_nothing_out(batch_size):
+    """The last batch has empty rows, that nothing in it counts in; the rows before are those of batches of one."""
+    data = made(80)
+    batches = all_rows(data, batch_size=batch_size, whole=True)
+    rows = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+    alone = {name: np.concatenate([batch[name] for batch in all_rows(data)]) for name in batches[0]}
+    count = len(alone["tokens"])
+    assert len(rows["tokens"]) == -(-count // batch_size) * batch_size
+    for name, array in rows.items():
+        np.testing.assert_array_equal(array[:count], alone[name])
+        assert not array[count:].any()
+        assert {batch[name].shape for batch in batches} == {(batch_size, *array.shape[1:])}
+    assert rows["answer"].sum() == sum(len(item.answer) for item in data)
+
+
 def test_attention_stays_within_a_conversation():
     mask = attention_mask(np.array([1, 1, 2, 2, 2, 0]))
     assert mask.astype(int).tolist() == [

@@ -129,6 +129,52 @@ def test_a_distilled_draft_is_accepted_more(text, tmp_path, divergence):
     assert fast.tokens_per_round > slow.tokens_per_round
 
 
+def test_every_held_out_token_counts(text):
+    """Whatever the batches: the last one is filled up with rows that count for nothing."""
+    target, data = text
+    token_map = reduced_map(np.arange(0, VOCAB, 2))
+    config = draft_config(len(token_map))
+    draft = init_draft(jax.random.key(1), config, target.params, token_map)
+    alone, *others = (
+        evaluate_draft(draft, config, target.params, token_map, data[:16], DistilConfig(batch_size=b, length=64))
+        for b in (1, 4, 64)
+    )
+    for found in others:
+        assert found == pytest.approx(alone, rel=1e-5)
+    assert alone != pytest.approx(
+        evaluate_draft(draft, config, target.params, token_map, data[:12], DistilConfig(batch_size=1, length=64)),
+        rel=1e-3,
+    )
+
+
+def test_the_optimiser_is_the_one_of_the_config_and_so_is_the_run(text, tmp_path):
+    target, data = text
+    token_map = reduced_map(np.arange(0, VOCAB, 2))
+    config = draft_config(len(token_map))
+    training = DistilConfig(
+        epochs=2, batch_size=2, length=64, schedule="linear", final=0.5, warmup=0.0, accumulate=2, ema=0.9,
+        checkpoint_every=100, learning_rate=1e-2,
+    )  # fmt: skip
+
+    def fit(training=training, data=data[16:], weights=target.params):
+        return distil(config, weights, token_map, data, text[1][:16], training, tmp_path)
+
+    draft, log = fit()
+    rates = [record["learning_rate"] for record in log if "loss" in record]
+    assert len(rates) % 2 == 0
+    assert rates[0] == rates[1] == pytest.approx(1e-2)
+    assert rates[-1] == pytest.approx(1e-2 * (0.5 + 1 / len(rates)))
+    judged = evaluate_draft(draft, config, target.params, token_map, data[:16], training)
+    assert judged == pytest.approx(log[-1]["eval"])  # of the averaged parameters, which are those that it gives
+    for changes, message in (
+        ({"training": dataclasses.replace(training, b2=0.9)}, r"training\.b2 0\.95 \(now 0\.9\)"),
+        ({"data": data[17:]}, r"data\.conversations 80 \(now 79\)"),
+        ({"weights": tiny_model(6, vocab=VOCAB, hidden_size=32, num_layers=1).params}, r"target '\w+' \(now '\w+'\)"),
+    ):
+        with pytest.raises(sj.CheckpointError, match=f"was begun with .*{message}.*name another --output-dir"):
+            fit(**changes)
+
+
 def test_refusals(text, tmp_path):
     target, data = text
     token_map = reduced_map(np.arange(8))
@@ -139,7 +185,7 @@ def test_refusals(text, tmp_path):
     config = dataclasses.replace(draft_config(9), hidden_size=64)
     with pytest.raises(sj.ConfigError, match="hidden_size 64 exceeds"):
         init_draft(jax.random.key(0), config, target.params, token_map)
-    with pytest.raises(sj.DataError, match="do not fill one batch"):
+    with pytest.raises(sj.DataError, match="do not fill two batches of 8 x 256"):
         distil(draft_config(9), target.params, token_map, data[:1], data, DistilConfig(epochs=1), tmp_path)
     save_draft(
         tmp_path / "d",

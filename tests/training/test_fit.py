@@ -18,7 +18,8 @@ from specjax.analysis.table import RankTable
 from specjax.experiment import load_config, run_config
 from specjax.loading.heads import heads_metadata
 from specjax.training import loop
-from specjax.training.trainer import TrainConfig, default_tree
+from specjax.training.quality import default_tree
+from specjax.training.trainer import TrainConfig
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 

@@ -13,6 +13,7 @@ import specjax as sj
 from specjax.heads import draft_projection, init_heads
 from specjax.model import forward, unembed
 from specjax.training import losses
+from specjax.training.corpus import turns
 from specjax.training.data import Conversation, packed
 from specjax.training.distill import Answers
 from specjax.training.fit_joint import export
@@ -24,11 +25,13 @@ from specjax.training.joint import (
     reduced_rows,
     split_labels,
 )
-from specjax.training.joint_trainer import fit_joint
+from specjax.training.joint_evaluation import joint_record, judged, quality
+from specjax.training.joint_trainer import fit_joint, steps_of
 from specjax.training.lora import LoraConfig, adapters, init_lora, merge
 from specjax.training.losses import IGNORED, chunked_cross_entropy
 from specjax.training.mesh import MeshConfig
-from specjax.training.trainer import dataset, frequent_tokens
+from specjax.training.quality import record, selected
+from specjax.training.trainer import dataset, evaluate, frequent_tokens
 
 MEDUSA1 = JointConfig(batch_size=4, length=24)
 MEDUSA2 = JointConfig(
@@ -167,9 +170,61 @@ def test_medusa2_starts_at_the_frozen_model_and_moves_heads_and_lora_alone(model
 
 
 def test_the_ramp():
-    ramp = [float(MEDUSA2.head_weights(2, jnp.float32(x))[1]) for x in (0, 1 / 3, 1)]
-    np.testing.assert_allclose(ramp, [0, 0.12, 0.24], atol=1e-6)  # 0.3 * 0.8 * sin(0, 30, 90 degrees)
-    np.testing.assert_allclose(MEDUSA1.head_weights(2, jnp.float32(0)), [1, 0.8])
+    ramp = [float(MEDUSA2.ramp(jnp.float32(x))) for x in (0, 1 / 3, 1)]
+    np.testing.assert_allclose(ramp, [0, 0.15, 0.3], atol=1e-6)  # 0.3 * sin(0, 30, 90 degrees)
+    assert float(MEDUSA1.ramp(jnp.float32(0))) == 1
+
+
+@pytest.mark.parametrize("reduced", [None, 20])
+def test_an_evaluation_is_that_of_the_cached_trainer(model, reduced, monkeypatch):
+    """On packed rows, in chunks, over two shards: ranks, losses and tokens per round of each turn on its own.
+
+    Conversations have a second turn, or no answer, or no prompt: the first token then has no feature.
+    """
+    rng, data = np.random.default_rng(0), language(21, 1)
+    for i, item in enumerate(data):
+        if i % 3 == 0:
+            mask = np.ones(len(item.answer), bool)
+            mask[2:4] = False
+            data[i] = dataclasses.replace(item, mask=mask)
+    data.append(Conversation(np.array([3, 4]), np.zeros(0, int)))
+    data.append(Conversation(np.zeros(0, int), np.array([5, 8, 9, 2])))
+    ids = None if reduced is None else frequent_tokens(np.concatenate([i.answer for i in data]), reduced, 61)
+    shape = sj.MedusaConfig(3, 16, 61, projection="shared", reduced_vocab_size=reduced)
+    heads = init_heads(shape, model.params, ids)
+    params = {n: jnp.asarray(v + 0.3 * rng.normal(size=v.shape).astype("f")) for n, v in heads.params.items()}
+    heads = dataclasses.replace(heads, params=params)
+    features_of = jax.jit(lambda t: forward(model.params, model.config, t).features)
+    parts = []
+    for item in data:
+        features = features_of(np.concatenate([item.prompt, item.answer]))
+        for before, tokens, _ in turns(item):
+            first = max(len(before), 1)
+            tokens = tokens[first - len(before) :]
+            parts.append((tokens, features[first - 1 : first - 1 + len(tokens)]))
+    parts = [(t, np.asarray(f)) for t, f in parts]
+    tokens, features = (np.concatenate(x) for x in zip(*parts, strict=True))
+    whole = evaluate(
+        heads, model.params, dataset(Answers(tokens, features, np.array([len(t) for t, _ in parts])), heads)
+    )
+    tree = sj.Tree.cartesian((3, 2, 2))
+    expected = record(whole, tree)
+
+    monkeypatch.setattr(losses, "LOGIT_BYTES", 4 * 3 * heads.config.output_size * 14)
+    projection = draft_projection(heads, model.params.unembedding)
+    batches = list(packed(data, length=24, batch_size=8, seed=0, epochs=1, whole=True))
+    found = jax.device_get(
+        [
+            judged({"heads": params}, heads, model.params, projection, model.config, b, MEDUSA1, shards=2)
+            for b in batches
+        ]
+    )
+    ours = joint_record(batches, found, tree)
+    assert "backbone" not in ours
+    assert sum(quality(batches, found).ranks.lengths) == len(tokens)
+    np.testing.assert_allclose(ours.pop("losses"), expected.pop("losses"), atol=2e-5)  # rounded to five places
+    assert ours == expected
+    assert expected["tokens_per_round"] > 1
 
 
 def test_medusa2_fits_backbone_and_heads(tmp_path):
@@ -222,8 +277,54 @@ def test_medusa2_fits_backbone_and_heads(tmp_path):
     assert rounds[0] > rounds[1] + 0.3
 
 
+def test_the_best_checkpoint_of_averaged_accumulated_steps(model, tmp_path):
+    """Medusa-2 with all that the optimiser offers: what is exported is what the best evaluation judged."""
+    heads = init_heads(sj.MedusaConfig(2, 16, 61, projection="shared"), model.params)
+    settings = dataclasses.replace(
+        MEDUSA2, epochs=2, schedule="linear", final=0.5, accumulate=2, ema=0.8, checkpoint_every=7, select="best",
+        backbone_loss="text", remat=False, learning_rate=0.5, weighting="sum", keep=1, warmup=0.1,
+    )  # fmt: skip
+    data, held_out, on = language(90, 0), language(9, 1), MeshConfig(1, 1).build()
+    tree = sj.Tree.chain(2)
+
+    def fit(settings=settings, data=data, held_out=held_out, weights=model.params):
+        return fit_joint(model.config, weights, heads, data, held_out, settings, tmp_path, on=on, tree=tree)
+
+    fitted = fit()
+    steps = [r for r in fitted.log if "loss" in r]
+    assert len(steps) == steps_of(data, settings) == 22
+    rates = [r["learning_rate"] for r in steps]
+    assert rates[2] == rates[3] == 0.5  # one of eleven updates to warm up, two steps each
+    assert rates[-1] == pytest.approx(0.5 * (0.5 + 0.5 / 10))
+    chosen = selected(fitted.log, "best")
+    scores = {r["step"]: r["eval"]["tokens_per_round"] for r in fitted.log if "eval" in r}
+    assert scores[chosen["step"]] == max(v for step, v in scores.items() if step)
+    batches = list(packed(held_out, length=24, batch_size=4, seed=0, epochs=1, whole=True))
+    assert sum(batch["answer"].sum() for batch in batches) == sum(len(item.answer) for item in held_out)
+    trained = {"heads": fitted.heads.params, "lora": fitted.lora}
+    projection = draft_projection(heads, model.params.unembedding)
+    judge = jax.jit(functools.partial(judged, config=model.config, settings=settings))
+    found = jax.device_get([judge(trained, heads, model.params, projection, batch=batch) for batch in batches])
+    again, evaluation = joint_record(batches, found, tree), chosen["eval"]
+    assert again["tokens_per_round"] == evaluation["tokens_per_round"]
+    assert again["hits"] == evaluation["hits"]
+    assert again["backbone"] == pytest.approx(evaluation["backbone"], rel=1e-5)
+
+    # It goes on with the settings, the target and the data that it had, or not at all.
+    for changes, message in (
+        ({"settings": dataclasses.replace(settings, lora=LoraConfig(2))}, r"training\.lora\.rank 4 \(now 2\)"),
+        ({"data": language(90, 2)}, r"data\.fingerprint '\w+' \(now '\w+'\): "),
+        ({"held_out": language(8, 1)}, r"held_out\.conversations 9 \(now 8\)"),
+        ({"weights": tiny_model(1).params}, r"target '\w+' \(now '\w+'\)"),
+    ):
+        with pytest.raises(sj.CheckpointError, match=f"was begun with .*{message}.*name another --output-dir"):
+            fit(**changes)
+    last = fit(dataclasses.replace(settings, select="last", keep=3, checkpoint_every=9))  # those are free
+    assert last.log == fitted.log
+
+
 def test_refusals(model, tmp_path):
-    for bad in ({"batch_size": 0}, {"head_weight": 0.0}, {"backbone_loss": "l2"}):
+    for bad in ({"batch_size": 0}, {"head_weight": 0.0}, {"backbone_loss": "l2"}, {"select": "x"}, {"final": 2.0}):
         with pytest.raises(sj.ConfigError, match="expected"):
             JointConfig(**bad)
     heads = noisy_heads(model, 2)

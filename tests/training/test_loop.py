@@ -1,6 +1,7 @@
 """The training loop: killed and resumed runs equal uninterrupted ones, bit for bit; bad losses and data are refused."""
 
 import contextlib
+import dataclasses
 import json
 import random
 import resource
@@ -12,13 +13,15 @@ import time
 import grain
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
 
 import specjax as sj
 from specjax.loading import checkpoint
-from specjax.training import loop
+from specjax.training import identity, loop
+from specjax.training.data import Conversation
 
 TRAIN = """
 import sys
@@ -128,6 +131,62 @@ def test_refusals(tmp_path):
         loop.fit(add, START, counting(), steps=5, directory=tmp_path / "b", checkpoint_every=3)
     with pytest.raises(sj.CheckpointError, match="does not fit"):
         loop.fit(add, {"sum": jnp.zeros(3)}, counting(), steps=12, directory=tmp_path / "b", checkpoint_every=3)
+
+
+def test_a_run_goes_on_only_with_what_it_was_begun_with(tmp_path):
+    begun = {"training": {"learning_rate": 0.1, "clip": None}, "data": {"positions": 9}}
+
+    def run(steps, settings, directory=tmp_path / "run"):
+        return loop.fit(add, START, counting(), steps=steps, directory=directory, checkpoint_every=3, settings=settings)
+
+    run(3, begun)
+    log = (tmp_path / "run" / loop.LOG).read_bytes()
+    other = {"training": {"learning_rate": 0.2, "clip": None}, "data": {"positions": 8}, "heads": 2}
+    with pytest.raises(sj.CheckpointError) as refused:
+        run(6, other)
+    assert (
+        "begun with training.learning_rate 0.1 (now 0.2); data.positions 9 (now 8); heads absent (now 2): go back"
+        in (str(refused.value))
+    )
+    assert "name another --output-dir" in str(refused.value)
+    assert (checkpoint.latest(tmp_path / "run" / "checkpoints"), (tmp_path / "run" / loop.LOG).read_bytes()) == (3, log)
+    assert float(run(6, begun).state["sum"]) == sum(range(6))
+    (tmp_path / "run" / identity.FILE).write_text("{")
+    with pytest.raises(sj.CheckpointError, match=r"settings\.json, .*cannot be read .*put it back"):
+        run(9, begun)
+    (tmp_path / "run" / identity.FILE).unlink()
+    with pytest.raises(sj.CheckpointError, match=r"settings\.json, .*cannot be read"):
+        run(9, begun)
+    # Begun, but with no checkpoint yet: there is nothing to keep.
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / identity.FILE).write_text(identity.as_json(other))
+    assert float(run(3, begun, tmp_path / "new").state["sum"]) == sum(range(3))
+
+
+def test_text_is_recognised():
+    """By every token, mask and length, and by features spread over it, whatever floating-point dtype they have."""
+    rng = np.random.default_rng(0)
+    data = [
+        Conversation(rng.integers(0, 9, 3), rng.integers(0, 9, 4), rng.normal(size=(4, 2)).astype(ml_dtypes.bfloat16))
+        for _ in range(200)
+    ]
+    known = identity.text_identity(data)
+    assert (known["conversations"], known["tokens"]) == (200, 1400)
+    assert (
+        identity.text_identity([Conversation(*map(np.copy, (d.prompt, d.answer, d.features))) for d in data]) == known
+    )
+    last = data[-1]
+    changed = [
+        dataclasses.replace(last, answer=(last.answer + 1) % 9),
+        dataclasses.replace(last, prompt=(last.prompt + 1) % 9),
+        dataclasses.replace(last, mask=np.array([1, 1, 0, 1], bool)),
+        Conversation(last.prompt[:2], np.append(last.prompt[2:], last.answer)),
+    ]
+    marks = [identity.text_identity([*data[:-1], item])["fingerprint"] for item in changed]
+    marks.append(identity.text_identity([dataclasses.replace(d, features=d.features + 1) for d in data])["fingerprint"])
+    marks.append(identity.text_identity(data[::-1])["fingerprint"])  # the order decides the batches
+    assert len({known["fingerprint"], *marks}) == 7
+    assert identity.arrays_fingerprint(np.zeros(2, np.int32)) != identity.arrays_fingerprint(np.zeros(1, np.int64))
 
 
 @contextlib.contextmanager

@@ -40,6 +40,9 @@ def test_schedules():
     assert rates["linear"][55] == pytest.approx(0.5, abs=1e-6)
     assert rates["cosine"][32] == pytest.approx(0.5 * (1 + np.cos(np.pi * 22 / 90)), abs=1e-6)
     assert float(schedule(OptimiserConfig(learning_rate=1.0, warmup=0.0), 10)(0)) == 1.0
+    for kind in ("cosine", "linear"):
+        end = schedule(OptimiserConfig(learning_rate=2.0, schedule=kind, final=0.1), 100)(100)
+        assert float(end) == pytest.approx(0.2, abs=1e-6)
 
 
 def test_accumulated_batches_equal_one_of_their_mean():
@@ -74,12 +77,42 @@ def test_clipping_bounds_the_norm_before_adam():
     assert float(measured[0]["gradient_norm"]) > 10  # as it was
 
 
+def test_a_factor_slows_one_part_alone():
+    """Of the rate, after Adam: a part's own steps are scaled, clipping and the other part stay as they are."""
+    start = {"heads": START, "lora": START}
+    grads = [{"heads": a, "lora": b} for a, b in zip(gradients(4), gradients(4, seed=1), strict=True)]
+    config = OptimiserConfig(learning_rate=0.1, schedule="constant", warmup=0.0, accumulate=2, ema=0.5)
+    ends = {}
+    for factors in (None, {"lora": 0.25}):
+        optimiser = build(config, len(grads), factors)
+        state = optimiser.init(start)
+        for gradient in grads[:2]:  # one update: Adam's next ones depend on nothing but the gradients, too
+            state, _ = optimiser.update(state, gradient)
+        ends[factors is None] = state["params"]
+    np.testing.assert_array_equal(ends[False]["heads"]["w"], ends[True]["heads"]["w"])
+    moved, full = (ends[whole]["lora"]["w"] - START["w"] for whole in (False, True))
+    np.testing.assert_allclose(moved, 0.25 * full, rtol=1e-5)
+    assert float(jnp.abs(moved).min()) > 0
+
+
+def test_the_second_moment():
+    """After a large gradient a short memory is over it sooner."""
+    grads = [{"w": jnp.full(3, g)} for g in (100.0, *[1.0] * 30)]
+    steps = {}
+    for b2 in (0.9, 0.999):
+        _, states, _ = run(OptimiserConfig(learning_rate=0.1, schedule="constant", warmup=0.0, clip=None, b2=b2), grads)
+        steps[b2] = float(jnp.abs(states[-1]["params"]["w"] - states[-2]["params"]["w"]).max())
+    assert steps[0.9] > 2 * steps[0.999]
+
+
 def test_refusals():
     for wrong, match in (
         ({"schedule": "step"}, "schedule is 'step'"),
         ({"ema": 1.0}, "ema is 1.0"),
         ({"clip": 0.0}, "clip is 0.0"),
         ({"accumulate": 0}, "accumulate of at least 1"),
+        ({"final": 2.0}, "final is 2.0"),
+        ({"b2": 1.0}, "b2 1.0; expected"),
     ):
         with pytest.raises(sj.ConfigError, match=match):
             OptimiserConfig(**wrong)

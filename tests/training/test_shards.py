@@ -183,6 +183,10 @@ def test_the_feature_budget(tiny, prompts, whole, tmp_path):
     with pytest.raises(sj.DataError, match=r"up to 120 tokens .* take 0.00 GB, the budget is 1e-06 GB.*fly"):
         distilled(tiny, settings(tmp_path, prompts, feature_budget_gb=1e-6), QUIET)
     assert not list(tmp_path.iterdir())
+    bare = settings(tmp_path, prompts, feature_budget_gb=1e-6, features=False)  # computed afterwards, if at all
+    with pytest.raises(sj.DataError, match=r"up to 120 tokens .* take 0.00 GB, the budget is 1e-06 GB"):
+        prepared(tiny, bare, QUIET)
+    assert not list(tmp_path.iterdir())
     exact = (SHARDS * SIZE - 1) * LENGTH * 16 * 2 / 1e9  # all shards are there: what they hold counts
     distilled(tiny, settings(whole[0].parent, prompts, feature_budget_gb=exact), QUIET)
     check_budget(1000, tiny.config, 1000 * 16 * 2 / 1e9)

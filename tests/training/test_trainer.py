@@ -212,9 +212,49 @@ def test_refusals(cyclic, tmp_path):
 def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(cyclic, tmp_path):
     model, text, _ = cyclic
     heads = new_heads(model)
-    data = dataset(text, heads)
-    train(heads, model.params, data, data, TrainConfig(epochs=1, batch_size=256), tmp_path)
-    bad = dataclasses.replace(data, features=np.full_like(data.features, np.nan))
-    with pytest.raises(sj.DataError, match="nan"):
-        train(heads, model.params, bad, data, TrainConfig(epochs=2, batch_size=256), tmp_path)
-    assert checkpoint.latest(tmp_path / "checkpoints") == len(data.features) // 256
+    features = np.random.default_rng(0).normal(size=text.features.shape).astype(np.float32)
+    data = dataclasses.replace(dataset(text, heads), features=features)
+    config = TrainConfig(epochs=1, batch_size=256, checkpoint_every=1)
+    third = list(trainer._batches(data, heads, model.params, config))[2]["features"]
+    (bad,) = np.flatnonzero((features == third[0]).all(1))
+    features[bad] = np.nan
+    with pytest.raises(sj.DataError, match="of step 3 is nan"):
+        train(heads, model.params, data, data, config, tmp_path)
+    assert checkpoint.latest(tmp_path / "checkpoints") == 2
+
+
+def test_a_run_with_other_settings_heads_or_data_is_refused(cyclic, tmp_path):
+    model, text, held = cyclic
+    heads = new_heads(model)
+    data, check = dataset(text, heads), dataset(held, heads)
+    short = dataset(Answers(text.tokens[:960], text.features[:960], text.lengths[:40]), heads)
+    config = TrainConfig(epochs=1, batch_size=256)
+    _, log = train(heads, model.params, data, check, config, tmp_path)
+    for changes, message in (
+        (
+            {"config": dataclasses.replace(config, learning_rate=1e-4)},
+            r"training\.learning_rate 0\.002 \(now 0\.0001\)",
+        ),
+        ({"config": dataclasses.replace(config, epochs=2, seed=1)}, r"epochs 1 \(now 2\); training\.seed 0 \(now 1\)"),
+        ({"heads": new_heads(model, num_layers=2)}, r"heads\.num_layers 1 \(now 2\)"),
+        ({"data": short}, r"data\.positions \d+ \(now \d+\); data\.labels .*data\.fingerprint"),
+        ({"held_out": short}, r"held_out\.positions"),
+        ({"tree": sj.Tree.chain(2)}, r"tree \[\[0\], .*\.\.\. \(now \[\[0\], \[0, 0\]\]\)"),
+        (
+            {"data": dataclasses.replace(data, features=2 * data.features)},
+            r"data\.fingerprint '\w+' \(now '\w+'\): ",
+        ),
+    ):
+        asked = {"heads": heads, "data": data, "held_out": check, "config": config, "tree": None} | changes
+        with pytest.raises(sj.CheckpointError, match=f"was begun with .*{message}.*name another --output-dir"):
+            train(
+                asked["heads"],
+                model.params,
+                asked["data"],
+                asked["held_out"],
+                asked["config"],
+                tmp_path,
+                tree=asked["tree"],
+            )
+    freely = dataclasses.replace(config, keep=5, checkpoint_every=3, select="best")
+    assert train(heads, model.params, data, check, freely, tmp_path)[1] == log

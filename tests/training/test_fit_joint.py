@@ -1,0 +1,222 @@
+"""Medusa-2 end to end, as `specjax run` runs it, alone and as two processes; the README's commands for training."""
+
+import dataclasses
+import json
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import TEMPLATE, byte_tokenizer, tiny_config
+
+import specjax as sj
+from specjax import params
+from specjax.cli import main
+from specjax.heads import init_heads
+from specjax.loading.heads import heads_metadata
+from specjax.loading.hf import save_hf
+from specjax.training import loop
+from specjax.training.quality import selected
+
+ROOT = Path(__file__).parents[2]
+EXPERIMENT = """
+from specjax.training.distillation import Distillation
+from specjax.training.fit_joint import FitJoint
+from specjax.training.joint import JointConfig
+from specjax.training.lora import LoraConfig
+
+def get_config():
+    data = Distillation(
+        {text!r}, {prompts!r}, shards=2, shard_size=40, batch_size=40, max_answer_tokens=24, temperature=0.3,
+        evaluation_share=0.2, features=False,
+    )
+    training = JointConfig(
+        epochs=16, batch_size=4, length=80, lora=LoraConfig(4, 8.0, 0.05), learning_rate=2e-2, lora_learning_rate=2e-3,
+        head_weight=0.2, checkpoint_every=30, select="best",
+    )
+    return FitJoint("tiny_medusa2", {model!r}, num_heads=2, reduced_vocab_size=128, data=data, training=training)
+"""
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory):
+    """A directory with a model whose next token depends on the last one alone, and a tokenizer with a chat template."""
+    directory = tmp_path_factory.mktemp("target")
+    config = tiny_config(vocab=256, hidden_size=32, num_layers=1, max_positions=1024)
+    weights = params.init(jax.random.key(5), config, stddev=0.5)
+    layer = dataclasses.replace(weights.layers[0], out=jnp.zeros_like(weights.layers[0].out))
+    save_hf(directory, dataclasses.replace(weights, layers=(layer,)), config)
+    template = TEMPLATE.replace("<a>", "<assistant>")
+    byte_tokenizer(template).backend.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def experiment(target, tmp_path_factory):
+    """The experiment's file, with prompts beside it."""
+    directory = tmp_path_factory.mktemp("experiment")
+    lines = [{"question_id": i, "category": "c", "turns": [f"say {i}"]} for i in range(80)]
+    (directory / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    names = {"text": str(directory / "text"), "prompts": str(directory / "p.jsonl"), "model": str(target)}
+    (directory / "tiny_medusa2.py").write_text(EXPERIMENT.format(**names))
+    return directory / "tiny_medusa2.py"
+
+
+@pytest.fixture(scope="module")
+def alone(experiment, tmp_path_factory):
+    """The run in this process: its directory and result."""
+    out = tmp_path_factory.mktemp("alone") / "out"
+    assert main(["run", str(experiment), "--output-dir", str(out)]) == 0
+    return out, json.loads((out / "result.json").read_text())
+
+
+def log_of(directory):
+    """The records of a run."""
+    return [json.loads(line) for line in (directory / loop.LOG).read_text().splitlines()]
+
+
+def losses(log):
+    """The loss of every step, with its parts."""
+    return np.array([[r["loss"], r["backbone"], *r["losses"]] for r in log if "loss" in r])
+
+
+def test_fitted_heads_and_backbone_are_what_was_judged(target, alone):
+    out, result = alone
+    log = log_of(out)
+    first, record = result["evaluations"][0]["eval"], result["record"]
+    assert min(np.subtract(record["accuracy"]["top1"], first["accuracy"]["top1"])) > 0.2
+    assert record["tokens_per_round"] > first["tokens_per_round"] + 0.3
+    assert 0 <= record["backbone"] < 0.2  # nats from the frozen model, that the text is of
+    chosen = selected(log, "best")
+    assert (chosen["step"], chosen["eval"]) == (result["step"], record)
+
+    model = sj.load_model(target, dtype=jnp.bfloat16)
+    backbone = sj.load_model(out / "backbone", dtype=jnp.bfloat16)
+    assert backbone.config == dataclasses.replace(model.config, name=backbone.config.name)
+    messages = [{"role": "user", "content": "say 3"}]
+    prompt = backbone.tokenizer.apply_chat_template(messages)
+    assert prompt == model.tokenizer.apply_chat_template(messages)
+    moved = [bool((a != b).any()) for a, b in zip(*map(jax.tree.leaves, (model.params, backbone.params)), strict=True)]
+    assert any(moved)
+    assert not all(moved)  # the embedding, for one
+    heads = sj.load_heads(out / "heads.safetensors", backbone.config, dtype=jnp.bfloat16)
+    assert heads.config.reduced_vocab_size == 128
+    assert heads_metadata(out / "heads.safetensors")["hits"] == record["hits"]
+    fresh = init_heads(heads.config, backbone.params, heads.token_map)
+    fitted, begun = (
+        sj.generate(backbone, prompt, drafter=sj.MedusaDrafter(h, sj.Tree.chain(2)), max_new_tokens=48).tokens_per_round
+        for h in (heads, fresh)
+    )
+    assert fitted > begun + 0.3
+
+
+def test_the_result_is_complete(alone):
+    out, result = alone
+    log = log_of(out)
+    steps = [r for r in log if "loss" in r]
+    assert [r["step"] for r in steps] == list(range(1, len(steps) + 1))
+    assert all({"losses", "backbone", "gradient_norm", "learning_rate"} <= set(r) for r in steps)
+    assert result["processes"] == 1
+    assert result["mesh"] == {"data": 1, "model": 1}
+    assert sum(result["conversations"].values()) <= 80
+    assert result["answer_tokens"]["held_out"] == 24 * result["conversations"]["held_out"]
+    assert result["tree"]["nodes"] == 10
+    assert [e["step"] for e in result["evaluations"]] == [*range(0, len(steps), 30), len(steps)]
+    assert set(result["throughput"]) == {"steps_per_second", "tokens_per_second"}
+    assert sorted(result["figures"]) == sorted(p.name for p in out.glob("*.png"))
+    assert "backbone.png" in result["figures"]
+    for name in result["figures"]:
+        assert (out / name).read_bytes()[:4] == b"\x89PNG"
+    assert len(list((out / "tensorboard").iterdir())) == 1
+    kept = {int(p.name) for p in (out / "checkpoints").iterdir()}
+    assert {len(steps), result["step"]} <= kept
+
+
+def test_two_hosts_give_the_result_of_one(experiment, alone, tmp_path):
+    """Process 0 makes the text and writes the result, the other one reads."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+    out = tmp_path / "out"
+    options = ["--output-dir", str(out), "--data.directory", str(tmp_path / "text")]
+    hosts = ["--hosts.coordinator", coordinator, "--hosts.processes", "2", "--hosts.process-id"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "specjax.cli", "run", str(experiment), *options, *hosts]
+    both = [
+        subprocess.Popen(
+            [*command, str(i)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for i in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=600)[0] for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    assert [process.returncode for process in both] == [0, 0], said
+    assert ["wrote" in text for text in said] == [True, False]
+    assert ["distilling" in text for text in said] == [True, False]
+    ours, (theirs_dir, theirs) = json.loads((out / "result.json").read_text()), alone
+    assert (ours["processes"], ours["mesh"]) == (2, {"data": 2, "model": 1})
+    for name in ("conversations", "answer_tokens", "tree", "figures"):
+        assert ours[name] == theirs[name]
+    np.testing.assert_allclose(losses(log_of(out)), losses(log_of(theirs_dir)), rtol=0, atol=1e-2)  # bfloat16 products
+    for a, b in zip(ours["evaluations"], theirs["evaluations"], strict=True):
+        np.testing.assert_allclose(a["eval"]["accuracy"]["top1"], b["eval"]["accuracy"]["top1"], atol=0.02)
+    assert len(list((out / "tensorboard").iterdir())) == 1
+    assert (out / "backbone").is_dir()
+
+
+def test_hosts_need_one_directory_and_a_run_its_settings(experiment, alone, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    together = ["--hosts.coordinator", "127.0.0.1:1", "--hosts.processes", "2", "--hosts.process-id", "1"]
+    assert main(["run", str(experiment), *together]) == 2
+    assert "share one output directory, and none is named; give all of them the same --output-dir" in (
+        capsys.readouterr().err
+    )
+    assert not list(tmp_path.iterdir())
+    out, _ = alone
+    copy = tmp_path / "out"
+    copy.mkdir()
+    for name in ("checkpoints", "settings.json", loop.LOG):
+        (copy / name).symlink_to(out / name)
+    assert main(["run", str(experiment), "--output-dir", str(copy), "--training.head-weight", "0.5"]) == 2
+    assert "begun with training.head_weight 0.2 (now 0.5): go back" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_the_readmes_commands_for_training(target, tmp_path, monkeypatch):
+    """On a tiny model and a few chats, word for word but for the sizes; then once more, as after a stop."""
+    section = (ROOT / "README.md").read_text().split("### Train heads")[1].split("\n### ")[0]
+    commands = [
+        shlex.split(line) for block in re.findall(r"```\n(.*?)```", section, re.DOTALL) for line in block.splitlines()
+    ]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
+    turns = ("user", "assistant", "user", "assistant")
+    chats = [{"messages": [{"role": r, "content": f"{r} {i} {i % 7}"} for r in turns]} for i in range(40)]
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)))
+    small = ["--reduced-vocab-size", "64", "--training.batch-size", "64", "--training.epochs", "1"]
+    small += ["--data.evaluation-share", "0.3"]
+    done = []
+    for word, command, *rest in commands:
+        assert word == "specjax"
+        rest = [str(target) if part == "MODEL" else part for part in rest]
+        assert main([command, *rest, *(small if command == "run" else [])]) == 0
+        done.append((command, rest))
+    assert [command for command, _ in done] == ["run", "convert"]
+    result = tmp_path / "results" / "mine" / "result.json"
+    first = json.loads(result.read_text())
+    assert first["data"]["training"]["conversations"] > 0
+    assert (tmp_path / "heads_for_vllm" / "config.json").is_file()
+    result.unlink()  # a run that was stopped has none yet
+    assert main(["run", *done[0][1], *small]) == 0
+    again = json.loads(result.read_text())
+    assert (again["record"], again["step"]) == (first["record"], first["step"])
