@@ -1,4 +1,6 @@
-"""Sampling stays the target's: 20,000 continuations of three tokens with every drafter, against autoregressive ones.
+"""Sampling stays the target's: 20,000 continuations of three tokens with a draft model's and a Medusa tree.
+
+They are tested against autoregressive ones, which are tested against another sample of themselves.
 
 specjax run experiments/two_sample_smollm2.py
 """
@@ -12,10 +14,8 @@ def get_config() -> TwoSample:
         model="smollm2-135m-instruct",
         prompt="Name a river. Name a river. Name a",
         drafters=(
-            ("draft", "chain:2"),
-            ("ngram", "cartesian:2,1"),
-            ("medusa", "cartesian:3,1"),
-            ("ngram+draft", "chain:2+chain:2"),
+            ("draft", "paths:0,1,0.0"),
+            ("medusa", "paths:0,1,0.0"),
         ),
         heads="smollm2-135m-instruct",
         draft_model="smollm2-draft",
