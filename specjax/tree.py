@@ -14,7 +14,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from operator import index
 from pathlib import Path
@@ -27,6 +27,7 @@ from specjax.errors import TreeError
 
 _FORMAT, _VERSION = "specjax.tree", 1
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+_WORDS = ("chain", "cartesian", "paths", "auto")
 
 
 @dataclass(frozen=True)
@@ -292,16 +293,17 @@ class Tree:
         return cls.from_paths(paths, name, provenance)
 
     def save(self, where: str | Path) -> Path:
-        """Writes `to_json` to `saved_path(where)`, and gives that path.
+        """Writes `to_json` to `saved_path(where)`, and gives that path. Under a name, that is the tree's name there.
 
         Raises:
-          TreeError: a name that `saved_path` refuses, or that of a preset, which `parse` would take for it.
+          TreeError: a name that `saved_path` refuses, or one that means something else where a tree is asked for.
         """
-        path = saved_path(where)
-        if str(where) in self.presets():
-            raise TreeError(f"{str(where)!r} is a published tree; save this one under another name.")
+        path, name = saved_path(where), str(where)
+        if name in (*self.presets(), *_WORDS):
+            raise TreeError(f"{name!r} means something else where a tree is named; save this one under another name.")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(self.to_json() + "\n")
+        named = self if name.endswith(".json") else replace(self, name=name)
+        path.write_text(named.to_json() + "\n")
         return path
 
     @classmethod

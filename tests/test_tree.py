@@ -159,13 +159,14 @@ def test_saved_trees_go_by_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert tree.save("chat_3") == Path("trees/chat_3.json")
     for back in (Tree.load("chat_3"), Tree.parse("chat_3"), Tree.parse("trees/chat_3.json")):
-        assert (back, back.name, back.provenance) == (tree, "found", {"search": "walk"})
+        assert (back, back.name, back.provenance) == (tree, "chat_3", {"search": "walk"})
     monkeypatch.setenv("SPECJAX_TREES", str(tmp_path / "elsewhere"))
     with pytest.raises(TreeError, match="elsewhere"):
         Tree.parse("chat_3")
     assert tree.save("chat_3") == tmp_path / "elsewhere" / "chat_3.json"
-    with pytest.raises(TreeError, match="published"):
-        tree.save("zephyr_stage2")
+    for taken in ("zephyr_stage2", "chain", "auto"):
+        with pytest.raises(TreeError, match="something else"):
+            tree.save(taken)
     for wrong in ("trees/chat_3", "chat.txt", "", "two words"):
         with pytest.raises(TreeError, match="a name"):
             tree.save(wrong)
