@@ -217,7 +217,7 @@ def distil(
             "training": settings_of(training),
             "draft": asdict(config),
             "token_map": arrays_fingerprint(token_map),
-            "target": fingerprint(target.unembedding),
+            "target": fingerprint(target),
             "data": text_identity(data),
             "held_out": text_identity(held_out),
         },

@@ -106,6 +106,8 @@ def fit_joint(
         begun.
     """
     mesh.check_rows(settings.batch_size, on)
+    # Features that the text may have are not used: these are computed.
+    data, held_out = ([replace(item, features=None) for item in part] for part in (data, held_out))
     _check(config, heads, [*data, *held_out])
     tree, steps = tree_for(tree, heads.config.num_heads), steps_of(data, settings)
     optimiser = build(settings, steps, {"lora": settings.lora_learning_rate / settings.learning_rate})
@@ -187,7 +189,5 @@ def _check(config: ModelConfig, heads: Heads, data: list[Conversation]) -> None:
 
 
 def _batches(data: list[Conversation], settings: JointConfig, epochs: int | None) -> Any:
-    # Without cached features: these are computed.
-    text = [replace(item, features=None) for item in data]
     shape = {"length": settings.length, "batch_size": settings.batch_size, "seed": settings.seed}
-    return packed(text, **shape, epochs=epochs, whole=epochs is not None)
+    return packed(data, **shape, epochs=epochs, whole=epochs is not None)

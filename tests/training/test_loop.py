@@ -155,7 +155,7 @@ def test_a_run_goes_on_only_with_what_it_was_begun_with(tmp_path):
     with pytest.raises(sj.CheckpointError, match=r"settings\.json, .*cannot be read .*put it back"):
         run(9, begun)
     (tmp_path / "run" / identity.FILE).unlink()
-    with pytest.raises(sj.CheckpointError, match=r"settings\.json, .*cannot be read"):
+    with pytest.raises(sj.CheckpointError, match=r"settings\.json, .*is missing: an older version .*name another"):
         run(9, begun)
     # Begun, but with no checkpoint yet: there is nothing to keep.
     (tmp_path / "new").mkdir()
@@ -163,8 +163,23 @@ def test_a_run_goes_on_only_with_what_it_was_begun_with(tmp_path):
     assert float(run(3, begun, tmp_path / "new").state["sum"]) == sum(range(3))
 
 
+def test_a_refusal_shows_where_two_settings_part(tmp_path):
+    def refused(before, now):
+        file = tmp_path / identity.FILE
+        file.write_text(identity.as_json({"x": before}))
+        with pytest.raises(sj.CheckpointError) as refusal:
+            identity.check(file, {"x": now})
+        return str(refusal.value).split("begun with ")[1].split(": go back")[0]
+
+    path = [[0] * depth for depth in range(1, 40)]
+    assert refused(path, [*path[:-1], [1]]) == "x[38][0] 0 (now 1)"
+    assert refused(path[:-1], path[:-2]) == f"x[37] {str([0] * 38)[:60]}... (now absent)"
+    assert refused("a" * 70 + "b", "a" * 70 + "c") == f"x '{'a' * 70}b' (now '{'a' * 70}c')"
+    assert refused(None, "a" * 70) == f"x None (now '{'a' * 59}...)"
+
+
 def test_text_is_recognised():
-    """By every token, mask and length, and by features spread over it, whatever floating-point dtype they have."""
+    """By every token, mask and length, and by its features' width and dtype; not by their bits, which CPUs differ in."""
     rng = np.random.default_rng(0)
     data = [
         Conversation(rng.integers(0, 9, 3), rng.integers(0, 9, 4), rng.normal(size=(4, 2)).astype(ml_dtypes.bfloat16))
@@ -183,9 +198,15 @@ def test_text_is_recognised():
         Conversation(last.prompt[:2], np.append(last.prompt[2:], last.answer)),
     ]
     marks = [identity.text_identity([*data[:-1], item])["fingerprint"] for item in changed]
-    marks.append(identity.text_identity([dataclasses.replace(d, features=d.features + 1) for d in data])["fingerprint"])
     marks.append(identity.text_identity(data[::-1])["fingerprint"])  # the order decides the batches
-    assert len({known["fingerprint"], *marks}) == 7
+    assert len({known["fingerprint"], *marks}) == 6
+    features = [d.features for d in data]
+    others = [[f + 1 for f in features], [f.astype(np.float32) for f in features], [f[:, :1] for f in features]]
+    same = [
+        identity.text_identity([dataclasses.replace(d, features=f) for d, f in zip(data, other, strict=True)]) == known
+        for other in others
+    ]
+    assert same == [True, False, False]
     assert identity.arrays_fingerprint(np.zeros(2, np.int32)) != identity.arrays_fingerprint(np.zeros(1, np.int64))
 
 
