@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from conftest import TEMPLATE, byte_tokenizer, tiny_config
 
 import specjax as sj
@@ -128,6 +129,7 @@ def test_the_result_is_complete(alone):
     assert result["mesh"] == {"data": 1, "model": 1}
     assert sum(result["conversations"].values()) <= 80
     assert result["answer_tokens"]["held_out"] == 24 * result["conversations"]["held_out"]
+    assert result["cut_answer_tokens"] == {"training": 0, "held_out": 0}
     assert result["tree"]["nodes"] == 10
     assert [e["step"] for e in result["evaluations"]] == [*range(0, len(steps), 30), len(steps)]
     assert set(result["throughput"]) == {"steps_per_second", "tokens_per_second"}
@@ -171,6 +173,15 @@ def test_two_hosts_give_the_result_of_one(experiment, alone, tmp_path):
     np.testing.assert_allclose(losses(log_of(out)), losses(log_of(theirs_dir)), rtol=0, atol=1e-2)  # bfloat16 products
     for a, b in zip(ours["evaluations"], theirs["evaluations"], strict=True):
         np.testing.assert_allclose(a["eval"]["accuracy"]["top1"], b["eval"]["accuracy"]["top1"], atol=0.02)
+        print("MEASURED", a["step"], b["step"], a["eval"]["tokens_per_round"], b["eval"]["tokens_per_round"])
+    print("MEASURED", ours["step"], theirs["step"], ours["cut_answer_tokens"])
+    print("MEASURED loss", np.abs(losses(log_of(out)) - losses(log_of(theirs_dir))).max())
+    one, two = (safetensors.numpy.load_file(d / "heads.safetensors") for d in (theirs_dir, out))
+    for k in one:
+        x, y = one[k].astype(np.float32), two[k].astype(np.float32)
+        print(
+            "MEASURED", k, x.shape, np.abs(x).max(), np.abs(x - y).max(), np.sqrt(((x - y) ** 2).mean() / (x**2).mean())
+        )
     assert len(list((out / "tensorboard").iterdir())) == 1
     assert (out / "backbone").is_dir()
 
