@@ -98,8 +98,8 @@ def fit(
     directory.mkdir(parents=True, exist_ok=True)
     checkpoints, iterator = directory / "checkpoints", iter(batches)
     state = placement.state(jax.tree.map(jnp.array, state))  # a step may donate its state: keep the caller's
+    _check_hosts(checkpoints, settings)
     first = checkpoint.latest(checkpoints)
-    _check_hosts(directory, settings, first)
     log: list[dict[str, Any]] = []
     if settings is not None and first is None:
         _write(directory / identity.FILE, identity.as_json(settings))
@@ -168,13 +168,15 @@ def fit(
     return Trained(state, log)
 
 
-def _check_hosts(directory: Path, settings: Mapping[str, Any] | None, first: int | None) -> None:
-    # In every process alike: one that stopped alone would leave the others waiting for it.
+def _check_hosts(checkpoints: Path, settings: Mapping[str, Any] | None) -> None:
+    # In every process alike: one that stopped alone would leave the others waiting for it. By the directories' names:
+    # Orbax itself waits for all processes where it finds a directory.
     if jax.process_count() == 1:
         return
     mark = hashlib.sha256(identity.as_json(settings or {}).encode()).digest()
     marks = multihost_utils.process_allgather(np.frombuffer(mark, np.uint8))
-    begun = multihost_utils.process_allgather(np.int32(-1 if first is None else first))
+    there = [int(path.name) for path in checkpoints.glob("*") if path.name.isdigit()]
+    begun = multihost_utils.process_allgather(np.int32(max(there, default=-1)))
     if (marks != marks[0]).any():
         others = np.flatnonzero((marks != marks[0]).any(1)).tolist()
         raise CheckpointError(
@@ -183,8 +185,8 @@ def _check_hosts(directory: Path, settings: Mapping[str, Any] | None, first: int
         )
     if (begun != begun[0]).any():
         raise CheckpointError(
-            f"the processes find checkpoints of steps {begun.tolist()} (-1: none) in {directory}; give all of them one "
-            "--output-dir, on a disk that all of them see."
+            f"the processes find checkpoints of steps {begun.tolist()} (-1: none) in {checkpoints}; give all of them "
+            "one --output-dir, on a disk that all of them see."
         )
 
 
