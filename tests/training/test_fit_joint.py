@@ -173,15 +173,16 @@ def test_two_hosts_give_the_result_of_one(experiment, alone, tmp_path):
     np.testing.assert_allclose(losses(log_of(out)), losses(log_of(theirs_dir)), rtol=0, atol=1e-2)  # bfloat16 products
     for a, b in zip(ours["evaluations"], theirs["evaluations"], strict=True):
         np.testing.assert_allclose(a["eval"]["accuracy"]["top1"], b["eval"]["accuracy"]["top1"], atol=0.02)
-        print("MEASURED", a["step"], b["step"], a["eval"]["tokens_per_round"], b["eval"]["tokens_per_round"])
-    print("MEASURED", ours["step"], theirs["step"], ours["cut_answer_tokens"])
-    print("MEASURED loss", np.abs(losses(log_of(out)) - losses(log_of(theirs_dir))).max())
-    one, two = (safetensors.numpy.load_file(d / "heads.safetensors") for d in (theirs_dir, out))
-    for k in one:
-        x, y = one[k].astype(np.float32), two[k].astype(np.float32)
-        print(
-            "MEASURED", k, x.shape, np.abs(x).max(), np.abs(x - y).max(), np.sqrt(((x - y) ** 2).mean() / (x**2).mean())
-        )
+        assert a["eval"]["tokens_per_round"] == pytest.approx(
+            b["eval"]["tokens_per_round"], abs=0.05
+        )  # measured: 0.021
+    # Which of two near-equal checkpoints is best may differ (measured: steps 154 and 150, 0.004 apart in the weights).
+    scores = {e["step"]: e["eval"]["tokens_per_round"] for e in theirs["evaluations"]}
+    assert scores[ours["step"]] == pytest.approx(theirs["record"]["tokens_per_round"], abs=0.05)
+    one, two = (safetensors.numpy.load_file(directory / "heads.safetensors") for directory in (theirs_dir, out))
+    assert one.keys() == two.keys()
+    for name, weight in one.items():
+        np.testing.assert_allclose(two[name].astype(np.float32), weight.astype(np.float32), rtol=0, atol=1e-2)
     assert len(list((out / "tensorboard").iterdir())) == 1
     assert (out / "backbone").is_dir()
 
