@@ -236,9 +236,9 @@ def _power(least: int) -> int:
 
 
 def _rounded(least: int) -> int:
-    # Up to the next eighth of a power of two: few sizes, little padding.
+    # Up to the next eighth of a power of two: few sizes, little padding. Never none: an empty table has no rounds.
     step = max(1, _power(least) // 8)
-    return -(-least // step) * step
+    return max(1, -(-least // step)) * step
 
 
 def _padded(column: np.ndarray, value: int, length: int) -> np.ndarray:

@@ -17,6 +17,7 @@ from grain.experimental import FirstFitPackIterDataset
 from jaxtyping import Bool, Float, Int
 
 from specjax.errors import ConfigError, DataError
+from specjax.training.optimiser import OptimiserConfig, whole_updates
 
 _Mask = TypeVar("_Mask", np.ndarray, jax.Array)
 _BINS = 32  # rows that are filled side by side: more waste less, and hold back more conversations
@@ -37,6 +38,47 @@ class Conversation:
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.answer)
+
+
+@dataclass(frozen=True)
+class PackedConfig(OptimiserConfig):
+    """Training on packed text: a step is `batch_size` rows of `length` tokens."""
+
+    epochs: int = 2
+    batch_size: int = 8
+    length: int = 512
+    seed: int = 0
+    checkpoint_every: int = 100  # steps between checkpoints and evaluations
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.epochs, self.batch_size, self.length, self.checkpoint_every) < 1:
+            raise ConfigError(f"{self}: expected epochs, batch_size, length and checkpoint_every of at least 1.")
+
+
+def packed_steps(data: Sequence[Conversation], config: PackedConfig) -> int:
+    """Batches in a whole run: what the epochs' tokens fill, down to a whole number of updates.
+
+    Raises:
+      DataError: fewer than two updates.
+    """
+    tokens = sum(min(len(item), config.length) for item in data)
+    steps = whole_updates(config.epochs * tokens // (config.batch_size * config.length), config)
+    if steps < 2 * config.accumulate:
+        raise DataError(
+            f"{len(data)} conversations of {tokens} tokens do not fill two batches of {config.batch_size} x "
+            f"{config.length}, {config.accumulate} times, in {config.epochs} epochs; lower batch_size or accumulate."
+        )
+    return steps
+
+
+def cut_tokens(data: Sequence[Conversation], length: int) -> int:
+    """How many of the assistant's tokens lie beyond `length`, where `packed` cuts conversations."""
+    beyond = (slice(max(0, length - len(item.prompt)), None) for item in data)
+    return sum(
+        len(item.answer[part]) if item.mask is None else int(item.mask[part].sum())
+        for item, part in zip(data, beyond, strict=True)
+    )
 
 
 def conversations(
@@ -73,8 +115,8 @@ def packed(
 
     Args:
       epochs: passes over the data, each in another order; None: without end.
-      whole: fills the last batch up with empty rows (no segments, no answer), so that nothing is left out; otherwise
-        the rows that do not fill a batch are.
+      whole: fills the last batch up with empty rows (no segments, no answer), so that no conversation is left out;
+        otherwise the rows that do not fill a batch are.
 
     Raises:
       DataError: no conversations, one that is empty, or, unless `whole`, too few to fill a batch.

@@ -19,37 +19,33 @@ from jaxtyping import Array, Bool, Float, Int
 
 from specjax import params as parameters
 from specjax.config import ModelConfig
-from specjax.errors import ConfigError, DataError
+from specjax.errors import ConfigError
 from specjax.fingerprint import fingerprint
 from specjax.model import forward, unembed
 from specjax.params import Params
 from specjax.training import loop
-from specjax.training.data import Conversation, attention_mask, packed
+from specjax.training.data import Conversation, PackedConfig, attention_mask, packed, packed_steps
 from specjax.training.identity import arrays_fingerprint, settings_of, text_identity
-from specjax.training.optimiser import OptimiserConfig, build, whole_updates
+from specjax.training.optimiser import build
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "tvd"]
 
 
 @dataclass(frozen=True)
-class DistilConfig(OptimiserConfig):
-    """How to distil. A step is `batch_size` packed rows of `length` tokens."""
+class DistilConfig(PackedConfig):
+    """How to distil."""
 
     epochs: int = 4
-    batch_size: int = 8
     length: int = 256
     final: float = 0.1
     b2: float = 0.95
     weight_decay: float = 0.01
     divergence: Divergence = "forward_kl"
     text_weight: float = 0.2  # of the cross-entropy with the text itself, added to the divergence
-    seed: int = 0
     checkpoint_every: int = 200  # steps between checkpoints and evaluations
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if min(self.epochs, self.batch_size, self.length, self.checkpoint_every) < 1:
-            raise ConfigError(f"{self}: expected epochs, batch_size, length and checkpoint_every of at least 1.")
         if self.divergence not in DIVERGENCES or self.text_weight < 0:
             raise ConfigError(
                 f"divergence {self.divergence!r}, text_weight {self.text_weight}; expected one of "
@@ -179,14 +175,7 @@ def distil(
     """
     if config.vocab_size != len(token_map):
         raise ConfigError(f"the draft's vocab_size is {config.vocab_size}, its token map has {len(token_map)} entries.")
-    tokens = sum(min(len(item), training.length) for item in data)
-    steps = whole_updates(training.epochs * tokens // (training.batch_size * training.length), training)
-    if steps < 2 * training.accumulate:
-        raise DataError(
-            f"{len(data)} conversations of {tokens} tokens do not fill two batches of {training.batch_size} x "
-            f"{training.length}, {training.accumulate} times, in {training.epochs} epochs; lower batch_size or "
-            "accumulate."
-        )
+    steps = packed_steps(data, training)
     optimiser = build(training, steps)
     start = init_draft(jax.random.key(training.seed), config, target, token_map)
     projection = target.unembedding[token_map[:-1]].astype(jnp.bfloat16)
@@ -217,7 +206,7 @@ def distil(
             "training": settings_of(training),
             "draft": asdict(config),
             "token_map": arrays_fingerprint(token_map),
-            "target": fingerprint(target.unembedding),
+            "target": fingerprint(target),
             "data": text_identity(data),
             "held_out": text_identity(held_out),
         },
@@ -240,11 +229,12 @@ def evaluate_draft(
     data: list[Conversation],
     training: DistilConfig,
 ) -> dict[str, float]:
-    """What the draft would be accepted at, one token ahead, on `data`, averaged over all of the answers' tokens.
+    """What the draft would be accepted at, one token ahead, on `data`, averaged over the answers' tokens.
 
     `acceptance` is sum_x min(p(x), q(x)), the acceptance rate of sampling at temperature 1; `agreement` the share of
     positions where both prefer the same token, the acceptance rate of greedy decoding; `text` the cross-entropy with
-    the text in nats, over the tokens that the draft can say.
+    the text in nats, over the tokens that the draft can say. Every token of conversations up to `length` tokens counts;
+    the rest of longer ones is cut.
     """
     to_draft = jnp.asarray(_to_draft(token_map, target.unembedding.shape[0]))
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), draft)

@@ -21,10 +21,10 @@ from specjax.loading.tokenizer import Tokenizer
 from specjax.params import Params
 from specjax.training.corpus import turns
 from specjax.training.curves import save_training_figures
-from specjax.training.data import Conversation
+from specjax.training.data import Conversation, cut_tokens, packed_steps
 from specjax.training.distillation import Distillation, prepared
 from specjax.training.joint import JointConfig
-from specjax.training.joint_trainer import Fitted, fit_joint, steps_of
+from specjax.training.joint_trainer import Fitted, fit_joint
 from specjax.training.lora import LoraConfig, merge
 from specjax.training.mesh import HostsConfig, MeshConfig
 from specjax.training.monitor import RunMonitor, evaluation_line, throughput
@@ -81,7 +81,7 @@ class FitJoint:
             fit_joint, model.config, model.params, heads, text, held_out, training, output_dir, on=mesh, tree=tree
         )
         if first:
-            steps, tokens = steps_of(text, training), training.batch_size * training.length
+            steps, tokens = packed_steps(text, training), training.batch_size * training.length
             with RunMonitor(output_dir, console, steps=steps, tokens_per_step=tokens) as monitor:
                 fitted = fit(monitor=monitor, report=lambda record: console.print(evaluation_line(record)))
         else:
@@ -93,6 +93,7 @@ class FitJoint:
             metadata = {"target": self.model, "config": asdict(self)}
             export(output_dir, model, fitted, metadata | {k: chosen["eval"][k] for k in ("hits", "accuracy")})
             figures = save_training_figures(fitted.log, output_dir, name)
+        multihost_utils.sync_global_devices("written")  # no process ends while the first one still writes
         return {
             "experiment": self.name,
             "config": asdict(self),
@@ -101,6 +102,10 @@ class FitJoint:
             "processes": jax.process_count(),
             "conversations": {"training": len(text), "held_out": len(held_out)},
             "answer_tokens": {"training": _answer_tokens(text), "held_out": _answer_tokens(held_out)},
+            "cut_answer_tokens": {  # of those, beyond training.length: neither trained on nor evaluated
+                "training": cut_tokens(text, training.length),
+                "held_out": cut_tokens(held_out, training.length),
+            },
             "record": chosen["eval"],
             "step": chosen["step"],
             "tree": {"name": tree.name, "nodes": tree.size, "paths": [list(path) for path in tree.rank_paths]},

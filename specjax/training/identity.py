@@ -1,6 +1,7 @@
 """What a run was begun with, kept beside its checkpoints: it goes on with the same settings and data, or not at all."""
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -13,8 +14,8 @@ from specjax.errors import CheckpointError
 from specjax.training.data import Conversation
 
 FILE = "settings.json"
-FREE = ("keep", "checkpoint_every", "select")  # settings that no step depends on: they may change
-_ROWS = 4096  # of features, evenly spread, that go into a fingerprint: they come from the text and the target
+FREE = ("keep", "checkpoint_every", "select", "remat")  # settings that no step depends on: they may change
+_ABSENT = object()
 
 
 def settings_of(config: Any) -> dict[str, Any]:
@@ -23,19 +24,19 @@ def settings_of(config: Any) -> dict[str, Any]:
 
 
 def arrays_fingerprint(*arrays: np.ndarray) -> str:
-    """The first 16 hex digits of a SHA-256 over shapes, dtypes and values; of floats, `_ROWS` rows stand for all."""
+    """The first 16 hex digits of a SHA-256 over shapes, dtypes and values."""
     digest = hashlib.sha256()
     for array in arrays:
-        kept = array
-        if not np.issubdtype(array.dtype, np.integer) and array.dtype != bool:
-            kept = array[:: max(1, len(array) // _ROWS)]
         digest.update(str((array.shape, array.dtype.name)).encode())
-        digest.update(np.ascontiguousarray(kept).view(np.uint8).data)
+        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
     return digest.hexdigest()[:16]
 
 
 def text_identity(data: Sequence[Conversation]) -> dict[str, Any]:
-    """How many conversations and tokens, and a fingerprint of prompts, answers, masks and features."""
+    """How many conversations and tokens, their features' width and dtype, and a fingerprint of prompts, answers, masks.
+
+    Features' bits have no part in it: the text and the target give them, but differently on another kind of CPU.
+    """
     empty = np.zeros(0, np.int32)
 
     def end_to_end(parts: Iterator[np.ndarray]) -> np.ndarray:
@@ -47,11 +48,11 @@ def text_identity(data: Sequence[Conversation]) -> dict[str, Any]:
         end_to_end(item.answer for item in data),
         end_to_end(np.ones(len(item.answer)) if item.mask is None else item.mask for item in data),
     ]
-    spread = data[:: max(1, len(data) // 64)]
-    parts += [item.features for item in spread if item.features is not None]
+    kinds = {(item.features.shape[1], item.features.dtype.name) for item in data if item.features is not None}
     return {
         "conversations": len(data),
         "tokens": sum(map(len, data)),
+        "features": [list(kind) for kind in sorted(kinds)],
         "fingerprint": arrays_fingerprint(*parts),
     }
 
@@ -62,9 +63,13 @@ def check(file: Path, settings: Mapping[str, Any]) -> None:
     Raises:
       CheckpointError: they differ, or there is no such file, or a damaged one.
     """
-    remedy = "go back to what the run was begun with, or name another --output-dir."
     try:
         begun = json.loads(file.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{file}, which says what the checkpoints beside it were begun with, is missing: an older version began "
+            "the run, or the file was removed; name another --output-dir."
+        ) from error
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{file}, which says what the checkpoints beside it were begun with, cannot be read ({error}); put it "
@@ -72,12 +77,15 @@ def check(file: Path, settings: Mapping[str, Any]) -> None:
         ) from error
     before, now = dict(_flat(begun)), dict(_flat(json.loads(as_json(settings))))
     differing = [
-        f"{name} {_short(before, name)} (now {_short(now, name)})"
+        _difference(name, before.get(name, _ABSENT), now.get(name, _ABSENT))
         for name in [*before, *(name for name in now if name not in before)]
-        if (name in before, before.get(name)) != (name in now, now.get(name))
+        if before.get(name, _ABSENT) != now.get(name, _ABSENT)
     ]
     if differing:
-        raise CheckpointError(f"the run in {file.parent} was begun with {'; '.join(differing)}: {remedy}")
+        raise CheckpointError(
+            f"the run in {file.parent} was begun with {'; '.join(differing)}: go back to what the run was begun with, "
+            "or name another --output-dir."
+        )
 
 
 def as_json(settings: Mapping[str, Any]) -> str:
@@ -85,9 +93,14 @@ def as_json(settings: Mapping[str, Any]) -> str:
     return json.dumps(settings, indent=1) + "\n"
 
 
-def _short(settings: Mapping[str, Any], name: str) -> str:
-    text = repr(settings[name]) if name in settings else "absent"
-    return text if len(text) <= 60 else f"{text[:60]}..."
+def _difference(name: str, before: Any, now: Any) -> str:
+    if isinstance(before, list) and isinstance(now, list):
+        pairs = itertools.zip_longest(before, now, fillvalue=_ABSENT)
+        return next(_difference(f"{name}[{i}]", *pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+    texts = ["absent" if value is _ABSENT else repr(value) for value in (before, now)]
+    short = [text if len(text) <= 60 else f"{text[:60]}..." for text in texts]
+    was, has = short if short[0] != short[1] else texts
+    return f"{name} {was} (now {has})"
 
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

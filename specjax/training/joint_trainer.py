@@ -1,7 +1,7 @@
 """The trainer of `joint`: Medusa-1 on the fly and Medusa-2, on one device or a mesh over several hosts."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,12 +19,12 @@ from specjax.fingerprint import fingerprint
 from specjax.heads import Heads, draft_projection
 from specjax.params import Params, ParamSpec, named_sharding
 from specjax.training import loop, mesh
-from specjax.training.data import Conversation, packed
+from specjax.training.data import Conversation, packed, packed_steps
 from specjax.training.identity import settings_of, text_identity
 from specjax.training.joint import JointConfig, joint_loss
 from specjax.training.joint_evaluation import joint_record, judged
 from specjax.training.lora import Lora, init_lora, lora_shardings
-from specjax.training.optimiser import Optimiser, build, whole_updates
+from specjax.training.optimiser import Optimiser, build
 from specjax.training.quality import tree_for
 from specjax.tree import Tree
 
@@ -36,23 +36,6 @@ class Fitted(NamedTuple):
     heads: Heads
     lora: Lora | None  # None for Medusa-1
     log: list[dict[str, Any]]
-
-
-def steps_of(data: Sequence[Conversation], settings: JointConfig) -> int:
-    """Batches in a whole run: what the epochs' tokens fill, down to a whole number of updates.
-
-    Raises:
-      DataError: fewer than two batches, or than two updates.
-    """
-    tokens = sum(min(len(item), settings.length) for item in data)
-    steps = whole_updates(settings.epochs * tokens // (settings.batch_size * settings.length), settings)
-    if steps < 2 * settings.accumulate:
-        raise DataError(
-            f"{len(data)} conversations of {tokens} tokens do not fill two batches of {settings.batch_size} x "
-            f"{settings.length}, {settings.accumulate} times, in {settings.epochs} epochs; lower batch_size or "
-            "accumulate."
-        )
-    return steps
 
 
 def start(config: ModelConfig, heads: Heads, settings: JointConfig, optimiser: Optimiser, on: Mesh) -> tuple[Any, Any]:
@@ -87,9 +70,10 @@ def fit_joint(
     """Fits `heads` (float32), and with `settings.lora` the target's LoRA changes, to conversations.
 
     A step's record has the loss, every head's (`losses`, nats), Medusa-2's `backbone` loss, the gradient's norm and the
-    heads' learning rate; an evaluation's `eval` is a `joint_record` on `held_out`, all of it. A later call resumes from
-    `directory`. Several processes call it with the same arguments and one directory that all of them see. Tokens per
-    second are those of whole rows, padding included.
+    heads' learning rate; an evaluation's `eval` is a `joint_record` on every token of `held_out`'s conversations up
+    to `length` tokens; the rest of longer ones is cut. A later call resumes from `directory`. Several processes call it
+    with the same arguments and one directory that all of them see. Tokens per second are those of whole rows, padding
+    included.
 
     Args:
       target: stays as it is; products run in its dtype.
@@ -106,8 +90,10 @@ def fit_joint(
         begun.
     """
     mesh.check_rows(settings.batch_size, on)
+    # Features that the text may have are not used: these are computed.
+    data, held_out = ([replace(item, features=None) for item in part] for part in (data, held_out))
     _check(config, heads, [*data, *held_out])
-    tree, steps = tree_for(tree, heads.config.num_heads), steps_of(data, settings)
+    tree, steps = tree_for(tree, heads.config.num_heads), packed_steps(data, settings)
     optimiser = build(settings, steps, {"lora": settings.lora_learning_rate / settings.learning_rate})
     state, shardings = start(config, heads, settings, optimiser, on)
     everywhere, shards = mesh.replicated(on), on.shape[mesh.DATA]
@@ -187,7 +173,5 @@ def _check(config: ModelConfig, heads: Heads, data: list[Conversation]) -> None:
 
 
 def _batches(data: list[Conversation], settings: JointConfig, epochs: int | None) -> Any:
-    # Without cached features: these are computed.
-    text = [replace(item, features=None) for item in data]
     shape = {"length": settings.length, "batch_size": settings.batch_size, "seed": settings.seed}
-    return packed(text, **shape, epochs=epochs, whole=epochs is not None)
+    return packed(data, **shape, epochs=epochs, whole=epochs is not None)

@@ -4,6 +4,7 @@ Everything that the next step depends on (parameters, optimiser state, position 
 checkpoint, written atomically. What a kill loses are the steps since then, which are done again from the same data.
 """
 
+import hashlib
 import json
 import math
 import time
@@ -15,6 +16,7 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from specjax.errors import CheckpointError, DataError
 from specjax.loading import checkpoint
@@ -90,12 +92,13 @@ def fit(
 
     Raises:
       DataError: data that ends early, or a loss that is not finite; the last checkpoint then holds the state before.
-      CheckpointError: a checkpoint of other settings, of another shape, or beyond `steps`; a full disk, with the last
-        checkpoint intact.
+      CheckpointError: a checkpoint of other settings, of another shape, or beyond `steps`; processes with other
+        settings or checkpoints than the first; a full disk, with the last checkpoint intact.
     """
     directory.mkdir(parents=True, exist_ok=True)
     checkpoints, iterator = directory / "checkpoints", iter(batches)
     state = placement.state(jax.tree.map(jnp.array, state))  # a step may donate its state: keep the caller's
+    _check_hosts(checkpoints, settings)
     first = checkpoint.latest(checkpoints)
     log: list[dict[str, Any]] = []
     if settings is not None and first is None:
@@ -163,6 +166,28 @@ def fit(
             monitor.logged(records)
         pending, began = [], time.perf_counter()
     return Trained(state, log)
+
+
+def _check_hosts(checkpoints: Path, settings: Mapping[str, Any] | None) -> None:
+    # In every process alike: one that stopped alone would leave the others waiting for it. By the directories' names:
+    # Orbax itself waits for all processes where it finds a directory.
+    if jax.process_count() == 1:
+        return
+    mark = hashlib.sha256(identity.as_json(settings or {}).encode()).digest()
+    marks = multihost_utils.process_allgather(np.frombuffer(mark, np.uint8))
+    there = [int(path.name) for path in checkpoints.glob("*") if path.name.isdigit()]
+    begun = multihost_utils.process_allgather(np.int32(max(there, default=-1)))
+    if (marks != marks[0]).any():
+        others = np.flatnonzero((marks != marks[0]).any(1)).tolist()
+        raise CheckpointError(
+            f"processes {others} have other settings, text, heads or target than process 0; give all of them the same "
+            "arguments, and data.directory (or data.chats) and the model on a disk that all of them see."
+        )
+    if (begun != begun[0]).any():
+        raise CheckpointError(
+            f"the processes find checkpoints of steps {begun.tolist()} (-1: none) in {checkpoints}; give all of them "
+            "one --output-dir, on a disk that all of them see."
+        )
 
 
 def best_state(directory: Path, like: Any, batches: grain.IterDataset) -> Any:

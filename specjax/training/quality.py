@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from specjax.analysis.simulate import accepted_lengths
+from specjax.analysis.simulate import simulate
 from specjax.analysis.table import RankTable
 from specjax.errors import TreeError
 from specjax.tree import Tree
@@ -47,13 +47,11 @@ def record(quality: Quality, tree: Tree) -> dict[str, Any]:
     r-th), and `tokens_per_round`: what decoding with `tree` would commit, walked over the held-out text by its ranks.
     That is exact on the target's own greedy answers; on other text it is what the target would confirm of it.
     """
-    hits, table = quality.ranks.hits(), quality.ranks
-    drafts = [accepted_lengths(table, tree, i) for i in range(len(table.lengths))]
-    rounds = sum(map(len, drafts))
+    hits, (walk,) = quality.ranks.hits(), simulate(quality.ranks, [tree])
     return {
         "accuracy": {f"top{k}": hits[:, :k].sum(1).round(4).tolist() for k in TOP},
         "losses": quality.losses.round(5).tolist(),
-        "tokens_per_round": round(1 + float(sum(d.sum() for d in drafts)) / max(rounds, 1), 5),
+        "tokens_per_round": round(1 + (walk.committed - walk.rounds) / max(walk.rounds, 1), 5),
         "hits": hits[:, : max(TOP)].round(5).tolist(),
     }
 

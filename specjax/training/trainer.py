@@ -252,7 +252,8 @@ def train(
     Raises:
       TreeError: a tree deeper than there are heads, or too wide to simulate.
       DataError: fewer positions than one batch, or a loss that is not finite (the last checkpoint stays as it was).
-      CheckpointError: a full disk, or a directory in which a run of other settings, heads, data or tree was begun.
+      CheckpointError: a full disk, or a directory in which a run of other settings, heads, target, data or tree was
+        begun.
     """
     num, dtype = heads.config.num_heads, jnp.dtype(config.compute)
     tree = tree_for(tree, num)
@@ -276,6 +277,7 @@ def train(
         settings={
             "training": settings_of(config),
             "heads": asdict(heads.config) | {"fingerprint": fingerprint((heads.params, heads.token_map))},
+            "target": fingerprint(target),
             "data": _identity(data),
             "held_out": _identity(held_out),
             "tree": [list(path) for path in tree.rank_paths],
@@ -293,8 +295,13 @@ def train(
 
 
 def _identity(data: Dataset) -> dict[str, Any]:
-    mark = arrays_fingerprint(data.features, data.labels, data.lengths)
-    return {"positions": len(data.features), "labels": int((data.labels != IGNORED).sum()), "fingerprint": mark}
+    # Without the features' bits, which the text and the target give, but differently on another kind of CPU.
+    return {
+        "positions": len(data.features),
+        "labels": int((data.labels != IGNORED).sum()),
+        "features": {"width": data.features.shape[1], "dtype": data.features.dtype.name},
+        "fingerprint": arrays_fingerprint(data.labels, data.lengths),
+    }
 
 
 def steps_of(data: Dataset, config: TrainConfig) -> int:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import specjax as sj
-from specjax.training.data import Conversation, attention_mask, conversations, packed
+from specjax.training.data import Conversation, attention_mask, conversations, cut_tokens, packed
 
 
 def made(count, seed=0, width=3):
@@ -100,6 +100,16 @@ def test_a_restored_position_goes_on_with_the_same_batches(at):
 def test_long_conversations_are_cut():
     (batch,) = all_rows([Conversation(np.arange(10), np.arange(30))], length=16)
     assert batch["tokens"][0].tolist() == [*range(10), *range(6)]
+
+
+@pytest.mark.parametrize("length", [3, 8, 24])
+def test_what_is_cut_is_counted(length):
+    data = made(80)
+    data += [dataclasses.replace(item, mask=np.arange(len(item.answer)) % 3 > 0) for item in data]
+    said = sum(len(item.answer) if item.mask is None else int(item.mask.sum()) for item in data)
+    kept = sum(int(batch["answer"].sum()) for batch in all_rows(data, length=length))
+    assert said - kept == cut_tokens(data, length)
+    assert (said > kept) == (length < 24)
 
 
 def test_refusals():

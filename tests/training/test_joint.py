@@ -14,7 +14,7 @@ from specjax.heads import draft_projection, init_heads
 from specjax.model import forward, unembed
 from specjax.training import losses
 from specjax.training.corpus import turns
-from specjax.training.data import Conversation, packed
+from specjax.training.data import Conversation, packed, packed_steps
 from specjax.training.distill import Answers
 from specjax.training.fit_joint import export
 from specjax.training.joint import (
@@ -26,7 +26,7 @@ from specjax.training.joint import (
     split_labels,
 )
 from specjax.training.joint_evaluation import joint_record, judged, quality
-from specjax.training.joint_trainer import fit_joint, steps_of
+from specjax.training.joint_trainer import fit_joint
 from specjax.training.lora import LoraConfig, adapters, init_lora, merge
 from specjax.training.losses import IGNORED, chunked_cross_entropy
 from specjax.training.mesh import MeshConfig
@@ -292,7 +292,7 @@ def test_the_best_checkpoint_of_averaged_accumulated_steps(model, tmp_path):
 
     fitted = fit()
     steps = [r for r in fitted.log if "loss" in r]
-    assert len(steps) == steps_of(data, settings) == 22
+    assert len(steps) == packed_steps(data, settings) == 22
     rates = [r["learning_rate"] for r in steps]
     assert rates[2] == rates[3] == 0.5  # one of eleven updates to warm up, two steps each
     assert rates[-1] == pytest.approx(0.5 * (0.5 + 0.5 / 10))
