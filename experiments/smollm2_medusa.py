@@ -46,5 +46,5 @@ def get_config() -> DecodeExperiment:
         ),
         prompts=Prompts(per_category=2),
         decoding=Decoding(max_new_tokens=64),
-        tree_sizes=(2, 4, 8),
+        tree_sizes=(4, 8),
     )
