@@ -57,7 +57,7 @@ def write(count, seed):
     )
 
 
-text, held_out = write(128, 0), write(32, 1)
+text, held_out = write(96, 0), write(24, 1)
 print(len(text.tokens), "tokens to train on,", len(held_out.tokens), "held out")
 print(tokenizer.decode([int(token_map[row]) for row in text.tokens[:60]]))
 
@@ -84,7 +84,7 @@ print("labels at feature 0:", data.labels[0].tolist())
 
 # %%
 folder = Path(tempfile.mkdtemp())
-settings = TrainConfig(epochs=5, batch_size=512, learning_rate=4e-3)
+settings = TrainConfig(epochs=4, batch_size=512, learning_rate=4e-3)
 trained, log = train(heads, target.params, data, dataset(held_out, heads), settings, folder)
 
 steps = [record for record in log if "losses" in record]
