@@ -53,7 +53,7 @@ def questions(count, seed):
 
 def write(count, seed):
     return distinct(
-        answer(target, questions(count, seed), acceptance=SAMPLING, max_new_tokens=64, key=jax.random.key(seed))
+        answer(target, questions(count, seed), acceptance=SAMPLING, max_new_tokens=48, key=jax.random.key(seed))
     )
 
 
@@ -84,7 +84,7 @@ print("labels at feature 0:", data.labels[0].tolist())
 
 # %%
 folder = Path(tempfile.mkdtemp())
-settings = TrainConfig(epochs=4, batch_size=512, learning_rate=4e-3)
+settings = TrainConfig(epochs=3, batch_size=512, learning_rate=4e-3)
 trained, log = train(heads, target.params, data, dataset(held_out, heads), settings, folder)
 
 steps = [record for record in log if "losses" in record]
@@ -118,7 +118,7 @@ def tokens_per_round(candidate):
         questions(12, seed=2),
         drafter=sj.MedusaDrafter(candidate, tree),
         acceptance=SAMPLING,
-        max_new_tokens=64,
+        max_new_tokens=48,
         keys=jax.random.split(jax.random.key(3), 12),
     )
     return sum(int((out.accepted_lengths + 1).sum()) for out in outs) / sum(out.rounds for out in outs)
