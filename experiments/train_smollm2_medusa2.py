@@ -12,7 +12,10 @@ On several hosts, each runs the same command with its own number, on directories
     specjax run experiments/train_smollm2_medusa2.py --output-dir DIR --mesh.model 1 \\
         --hosts.coordinator HOST:PORT --hosts.processes 2 --hosts.process-id 0
 
-Record: not run yet.
+Record: not run at this size yet. A first look (2 CPU cores, AMD EPYC Zen 3, beside other work: seed prompts, 96 answers
+of up to 96 tokens, 2,048 draft tokens, steps of 2 x 256 tokens, stopped after 30 of them): from step 0 to 30 the heads'
+held-out losses fell from 9.8 11.4 12.0 12.0 to 5.6 7.3 8.1 8.0 nats, head 1's top-1 accuracy rose from 0.02 to 0.12,
+tokens per round from 1.10 to 1.24 (1.26 at step 20); the backbone diverged from the frozen target by 0.005 nats.
 """
 
 from specjax.training.distillation import Distillation
