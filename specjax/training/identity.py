@@ -11,7 +11,11 @@ from typing import Any
 import numpy as np
 
 from specjax.errors import CheckpointError
+from specjax.fingerprint import fingerprint
+from specjax.heads import Heads
+from specjax.params import Params
 from specjax.training.data import Conversation
+from specjax.tree import Tree
 
 FILE = "settings.json"
 FREE = ("keep", "checkpoint_every", "select", "remat")  # settings that no step depends on: they may change
@@ -21,6 +25,20 @@ _ABSENT = object()
 def settings_of(config: Any) -> dict[str, Any]:
     """A config dataclass as a dict, without what may change between a run and its resumption."""
     return {name: value for name, value in asdict(config).items() if name not in FREE}
+
+
+def of_head_run(
+    config: Any, heads: Heads, target: Params, data: Mapping[str, Any], held_out: Mapping[str, Any], tree: Tree
+) -> dict[str, Any]:
+    """The `settings` of a run that fits heads; `data` and `held_out` are the texts' identities."""
+    return {
+        "training": settings_of(config),
+        "heads": asdict(heads.config) | {"fingerprint": fingerprint((heads.params, heads.token_map))},
+        "target": fingerprint(target),
+        "data": data,
+        "held_out": held_out,
+        "tree": [list(path) for path in tree.rank_paths],
+    }
 
 
 def arrays_fingerprint(*arrays: np.ndarray) -> str:

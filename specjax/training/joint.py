@@ -144,6 +144,12 @@ def chunk_sums(
     return jax.lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, once(*part)), None), zero, parts)[0]
 
 
+def in_dtype(trained: Mapping[str, Any], heads: Heads, dtype: Any) -> tuple[Heads, Lora | None]:
+    """What products take of the float32 master weights: the heads and, in Medusa-2, the LoRA changes, in `dtype`."""
+    cast = jax.tree.map(lambda leaf: leaf.astype(dtype), dict(trained))
+    return replace(heads, params=cast["heads"]), cast.get("lora")
+
+
 def backbone_sum(
     params: Params, labels: Int[Array, "n 1"], ours: Float[Array, "n D"], frozen: Float[Array, "n D"] | None
 ) -> Float[Array, ""]:
@@ -189,9 +195,7 @@ def joint_loss(
       key: for LoRA's dropout; None: none.
       shards: groups of rows that are computed side by side, each in chunks: the mesh's `data`.
     """
-    dtype = frozen.dtype
-    half = replace(heads, params=jax.tree.map(lambda p: p.astype(dtype), trained["heads"]))
-    lora = None if settings.lora is None else jax.tree.map(lambda p: p.astype(dtype), trained["lora"])
+    half, lora = in_dtype(trained, heads, frozen.dtype)
     base = None
     if lora is None or settings.backbone_loss == "kl":
         base = jax.lax.stop_gradient(packed_features(frozen, config, batch))

@@ -1,7 +1,6 @@
 """How good heads on packed text are, with the backbone that they are fitted with: exact ranks, from any mesh."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -19,6 +18,7 @@ from specjax.training.joint import (
     backbone_sum,
     by_shard,
     chunks,
+    in_dtype,
     packed_features,
     reduced_rows,
     split_labels,
@@ -45,9 +45,7 @@ def judged(
     where there is none; and sums: `losses` [C] in nats over `labels` [C] that the heads can say, `backbone`, the
     backbone loss, over `tokens` positions (both zero in Medusa-1).
     """
-    dtype = frozen.dtype
-    half = replace(heads, params=jax.tree.map(lambda p: p.astype(dtype), trained["heads"]))
-    lora = None if settings.lora is None else jax.tree.map(lambda p: p.astype(dtype), trained["lora"])
+    half, lora = in_dtype(trained, heads, frozen.dtype)
     ours = packed_features(frozen, config, batch, lora=lora)
     lm_labels, labels = split_labels(heads, batch)
     rows = reduced_rows(heads, labels)

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,12 +15,11 @@ from jaxtyping import Array
 from specjax import params as parameters
 from specjax.config import ModelConfig
 from specjax.errors import ConfigError, DataError
-from specjax.fingerprint import fingerprint
 from specjax.heads import Heads, draft_projection
 from specjax.params import Params, ParamSpec, named_sharding
 from specjax.training import loop, mesh
 from specjax.training.data import Conversation, packed, packed_steps
-from specjax.training.identity import settings_of, text_identity
+from specjax.training.identity import of_head_run, text_identity
 from specjax.training.joint import JointConfig, joint_loss
 from specjax.training.joint_evaluation import joint_record, judged
 from specjax.training.lora import Lora, init_lora, lora_shardings
@@ -133,14 +132,7 @@ def fit_joint(
         steps=steps,
         directory=directory,
         checkpoint_every=settings.checkpoint_every,
-        settings={
-            "training": settings_of(settings),
-            "heads": asdict(heads.config) | {"fingerprint": fingerprint((heads.params, heads.token_map))},
-            "target": fingerprint(target),
-            "data": text_identity(data),
-            "held_out": text_identity(held_out),
-            "tree": [list(path) for path in tree.rank_paths],
-        },
+        settings=of_head_run(settings, heads, target, text_identity(data), text_identity(held_out), tree),
         evaluate=evaluate,
         report=report,
         score=lambda found: found["tokens_per_round"],

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,13 +14,12 @@ from jaxtyping import Array, Float, Int
 
 from specjax.analysis.table import UNLABELLED
 from specjax.errors import ConfigError, DataError
-from specjax.fingerprint import fingerprint
 from specjax.heads import Heads, draft_projection, project
 from specjax.model import dot
 from specjax.params import Params
 from specjax.training import loop
 from specjax.training.distill import Answers
-from specjax.training.identity import arrays_fingerprint, settings_of
+from specjax.training.identity import arrays_fingerprint, of_head_run
 from specjax.training.losses import (
     IGNORED,
     LOGIT_BYTES,
@@ -274,14 +273,7 @@ def train(
         steps=steps,
         directory=directory,
         checkpoint_every=config.checkpoint_every or len(data.features) // config.batch_size,
-        settings={
-            "training": settings_of(config),
-            "heads": asdict(heads.config) | {"fingerprint": fingerprint((heads.params, heads.token_map))},
-            "target": fingerprint(target),
-            "data": _identity(data),
-            "held_out": _identity(held_out),
-            "tree": [list(path) for path in tree.rank_paths],
-        },
+        settings=of_head_run(config, heads, target, _identity(data), _identity(held_out), tree),
         evaluate=judged,
         report=report,
         score=lambda found: found["tokens_per_round"],
