@@ -19,7 +19,7 @@ from specjax.config import ModelConfig
 from specjax.drafters.base import Context, Drafter
 from specjax.model import forward, read, unembed
 from specjax.params import Params
-from specjax.proposal import Proposal
+from specjax.proposal import NO_DRAFT, Proposal
 from specjax.tree import Tree
 
 
@@ -53,7 +53,8 @@ def round_(
     """One round: draft, verify in one target forward, accept, commit. Pure and unbatched.
 
     On a finished state it commits nothing, so that a batch may go on until its last member is finished. The whole tree
-    is always drafted and verified, shapes being static; what exceeds the remaining budget is cut when committing.
+    is drafted and verified, shapes being static, or the root alone where nothing was drafted; what exceeds the
+    remaining budget is cut when committing.
     """
     drafter, tree = drafter.prepare(params), drafter.tree
     key, draft_key, accept_key = jax.random.split(state.key, 3)
@@ -61,10 +62,12 @@ def round_(
         proposal = drafter.propose(params, state.draft, state.context, draft_key)
         drafted = jnp.maximum(proposal.tokens, 0)  # a node without a draft holds any token; no rule accepts it
     with jax.named_scope("verify"):
-        out = forward(
-            params, config, drafted, cache=state.cache, positions=state.cache.length + tree.depths, mask=tree.ancestors
-        )
-        logits = unembed(params, out.features)
+        whole = functools.partial(_verify, params, config, tree, state.cache, drafted)
+        if drafter.abstains and tree.size > 1:
+            root = functools.partial(_verify_root, params, config, tree, state.cache, drafted)
+            features, rows, logits = jax.lax.cond(jnp.any(proposal.tokens[1:] != NO_DRAFT), whole, root)
+        else:
+            features, rows, logits = whole()
     with jax.named_scope("accept"):
         verdict = acceptance(logits, proposal, tree, accept_key)
     with jax.named_scope("commit"):
@@ -79,8 +82,8 @@ def round_(
             tokens=jax.lax.dynamic_update_slice(state.tokens, fresh, (state.length,)),
             length=state.length + count,
             finished=finished,
-            cache=kv.write(state.cache, kv.gather(out.rows, path), count, after=verdict.next_token),
-            features=out.features[verdict.node],
+            cache=kv.write(state.cache, kv.gather(rows, path), count, after=verdict.next_token),
+            features=features[verdict.node],
             key=key,
             rounds=state.rounds + jnp.where(state.finished, 0, 1),
             accepted=state.accepted.at[state.rounds].set(count - 1),
@@ -88,6 +91,29 @@ def round_(
         )
         draft = drafter.update(state.draft, state.context, verdict, path.shape[0])
         return dataclasses.replace(state, draft=draft)
+
+
+_Verified = tuple[Float[Array, "M D"], kv.Rows, Float[Array, "M V"]]
+
+
+def _verify(params: Params, config: ModelConfig, tree: Tree, cache: kv.KVCache, tokens: Int[Array, "M"]) -> _Verified:
+    """Features, keys and values, and logits of all nodes: the round's target forward."""
+    positions = cache.length + tree.depths
+    out = forward(params, config, tokens, cache=cache, positions=positions, mask=tree.ancestors)
+    return out.features, out.rows, unembed(params, out.features)
+
+
+def _verify_root(
+    params: Params, config: ModelConfig, tree: Tree, cache: kv.KVCache, tokens: Int[Array, "M"]
+) -> _Verified:
+    """The same for the root alone, at the price of an autoregressive step; zeros stand for the other nodes."""
+
+    def padded(x: Array, axis: int) -> Array:
+        return jnp.pad(x, [(0, tree.size - 1 if a == axis else 0) for a in range(x.ndim)])
+
+    features, rows, logits = _verify(params, config, Tree.chain(0), cache, tokens[:1])
+    rows = kv.Rows(tuple(padded(k, 2) for k in rows.k), tuple(padded(v, 1) for v in rows.v))
+    return padded(features, 0), rows, padded(logits, 0)
 
 
 def _cut(

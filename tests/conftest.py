@@ -123,6 +123,7 @@ class ScriptedDrafter:
     tree: sj.Tree = field(metadata={"static": True})
 
     max_positions = None
+    abstains = False
 
     def check(self, config):
         """Fits every target."""

@@ -26,8 +26,8 @@ class PromptLookup:
     name: str
     model: str  # a packaged name or a directory
     category: str = "long_context"
-    lookup: int = 10  # drafts per round, as many on both sides
-    trees: tuple[str, ...] = ("chain:10", "chain:3")
+    lookup: int = 10  # transformers' drafts per round
+    trees: tuple[str, ...] = ("chain:10", "chain:7", "chain:3")
     max_new_tokens: int = 128
     dtype: Literal["float32", "bfloat16"] = "float32"  # on both sides
 

@@ -50,6 +50,11 @@ class Drafter(Protocol):
         """The longest sequence it can read, prompt and continuation together; None: any."""
         ...
 
+    @property
+    def abstains(self) -> bool:
+        """Whether a whole round may come without a draft: the target then reads the root alone (static)."""
+        ...
+
     def check(self, target: Model) -> None:
         """Raises a `SpecJaxError` when this drafter cannot draft for that target. Called before tracing."""
 
@@ -92,6 +97,11 @@ class NoDrafter:
     @property
     def max_positions(self) -> None:
         """Any length."""
+
+    @property
+    def abstains(self) -> bool:
+        """There is nothing but the root anyway."""
+        return False
 
     def check(self, target: Model) -> None:
         """Fits every target."""

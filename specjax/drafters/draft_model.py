@@ -65,6 +65,11 @@ class DraftModelDrafter:
         """The draft's own context."""
         return self.draft.config.max_positions
 
+    @property
+    def abstains(self) -> bool:
+        """False: a model always has a guess."""
+        return False
+
     def check(self, target: Model) -> None:
         """Checks that draft and target speak of the same tokens.
 

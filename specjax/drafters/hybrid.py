@@ -45,6 +45,11 @@ class HybridDrafter:
         """The shortest of the parts'."""
         return min((n for n in (part.max_positions for part in self.parts) if n is not None), default=None)
 
+    @property
+    def abstains(self) -> bool:
+        """Whether all parts may."""
+        return all(part.abstains for part in self.parts)
+
     def check(self, target: Model) -> None:
         """Whatever the parts raise."""
         for part in self.parts:

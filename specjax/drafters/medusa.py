@@ -31,6 +31,11 @@ class MedusaDrafter:
     tree: Tree = field(metadata={"static": True})
     projection: Float[Array, "R D"] | None = None
 
+    @property
+    def abstains(self) -> bool:
+        """False: heads always have a guess."""
+        return False
+
     def check(self, target: Model) -> None:
         """Checks that heads, tree and target fit each other.
 

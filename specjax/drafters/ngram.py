@@ -48,6 +48,11 @@ class NgramDrafter:
     def max_positions(self) -> None:
         """Any length."""
 
+    @property
+    def abstains(self) -> bool:
+        """True: text that repeats nothing has no continuation to copy."""
+        return True
+
     def check(self, target: Model) -> None:
         """Fits every target."""
 

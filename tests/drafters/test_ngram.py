@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import noisy_heads
 
 import specjax as sj
+from specjax import loop
 from specjax.acceptance import NO_DRAFT
 from specjax.drafters.base import Context
 
@@ -80,3 +82,37 @@ def test_nothing_to_repeat_means_no_drafts(model):
 def test_impossible_lengths_are_refused(max_n, min_n):
     with pytest.raises(sj.ConfigError, match="min_n"):
         sj.NgramDrafter(sj.Tree.chain(2), max_n, min_n)
+
+
+@pytest.mark.parametrize("acceptance", [sj.Greedy(), sj.Sample(0.8)], ids=["greedy", "sampled"])
+def test_a_round_without_drafts_reads_the_root_alone(model, monkeypatch, acceptance):
+    """The widths of the target forwards as they ran, beside what was drafted in each round."""
+    drafter, widths, expected, prompt = sj.NgramDrafter(sj.Tree.chain(3), min_n=2), [], [], [5, 6, 7, 5, 6]
+    forward = loop.forward
+
+    def recorded(params, config, tokens, **kwargs):
+        jax.debug.callback(widths.append, tokens.shape[0], ordered=True)
+        return forward(params, config, tokens, **kwargs)
+
+    monkeypatch.setattr(loop, "forward", recorded)
+    state = jax.jit(loop.start, static_argnums=(1, 3, 4))(
+        model.params, model.config, drafter, acceptance, (), jnp.asarray(prompt + [0] * 59), jnp.int32(len(prompt)),
+        jnp.int32(45), jax.random.key(1),
+    )  # fmt: skip
+    step = jax.jit(loop.round_, static_argnums=(1, 3, 4))
+    while not state.finished:
+        drafts = propose(drafter, state.tokens, state.length)[1:]
+        expected.append(4 if np.any(drafts != NO_DRAFT) else 1)
+        state = step(model.params, model.config, drafter, acceptance, (), state)
+    jax.effects_barrier()
+    assert [int(width) for width in widths] == expected
+    assert {1, 4} == set(expected)
+    if acceptance == sj.Greedy():
+        alone = sj.generate(model, prompt, max_new_tokens=40, eos_token_ids=()).tokens
+        assert state.tokens[5:45].tolist() == alone.tolist()
+
+
+def test_a_hybrid_abstains_only_where_all_its_parts_do(model):
+    ngram, medusa = sj.NgramDrafter(sj.Tree.chain(1)), sj.MedusaDrafter(noisy_heads(model, 1), sj.Tree.chain(1))
+    assert sj.HybridDrafter((ngram, ngram)).abstains
+    assert not sj.HybridDrafter((ngram, medusa)).abstains
