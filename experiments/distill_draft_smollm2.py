@@ -1,6 +1,10 @@
 """Made the draft model that ships for SmolLM2-135M-Instruct: a Qwen2 of 5 million parameters.
 
 specjax run experiments/distill_draft_smollm2.py --output-dir results/distill_draft_smollm2
+
+Record: the draft that ships was made on a CPU by an earlier state of this code with this config; the curves of that run
+were not kept. How often SmolLM2 takes its tokens, and what that is worth in time, by temperature and category:
+`compare_drafters_smollm2.py` (20 prompts; of first tokens 31% at T = 0, 24% at T = 1).
 """
 
 from specjax.training.distillation import Distillation

@@ -100,6 +100,18 @@ def checkpoint(tmp_path_factory):
     return directory
 
 
+def save_chat_model(directory: Path) -> Path:
+    """Writes a model whose next token depends on the last one alone, and a tokenizer with a training template."""
+    config = tiny_config(vocab=256, hidden_size=32, num_layers=1, max_positions=1024)
+    weights = params.init(jax.random.key(5), config, stddev=0.5)
+    layer = dataclasses.replace(weights.layers[0], out=jnp.zeros_like(weights.layers[0].out))
+    save_hf(directory, dataclasses.replace(weights, layers=(layer,)), config)
+    template = TEMPLATE.replace("<a>", "<assistant>")
+    byte_tokenizer(template).backend.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    return directory
+
+
 def noisy_heads(model: sj.Model, heads: int, seed: int = 1) -> sj.Heads:
     """Heads that start from the LM head and are disturbed: sometimes right."""
     made = init_heads(sj.MedusaConfig(heads, model.config.hidden_size, model.config.vocab_size), model.params)

@@ -83,6 +83,42 @@ def learning_rate(log: Log) -> Figure:
     return figure
 
 
+def draft_losses(log: Log) -> Figure:
+    """A draft's divergence from the target and its loss on the text: of every step, and held out (the text, marks)."""
+    steps, evaluations = _split(log)
+    figure, axes = _axes("Divergence and text loss: training (thin), held out (marks)", "nats per token")
+    for colour, name in (("C0", "divergence"), ("C1", "text")):
+        axes.plot([r["step"] for r in steps], [r[name] for r in steps], color=colour, lw=0.7, alpha=0.6, label=name)
+    at = [r["step"] for r in evaluations]
+    axes.plot(at, [r["eval"]["text"] for r in evaluations], color="C1", marker="o", ms=4)
+    axes.legend(frameon=False)
+    return figure
+
+
+def draft_acceptance(log: Log) -> Figure:
+    """How often the target would take a draft's token on held-out text: sampled at temperature 1, and greedy."""
+    _, evaluations = _split(log)
+    figure, axes = _axes("Held-out acceptance, one token ahead", "share of positions")
+    at = [r["step"] for r in evaluations]
+    for name, label in (("acceptance", "sampled, temperature 1"), ("agreement", "greedy")):
+        axes.plot(at, [r["eval"][name] for r in evaluations], marker="o", ms=4, label=label)
+    axes.set_ylim(0, 1)
+    axes.legend(frameon=False)
+    return figure
+
+
+def save_draft_figures(log: Log, directory: Path) -> list[str]:
+    """Writes loss.png, acceptance.png and learning_rate.png; gives their names."""
+    return _save(
+        {
+            "loss.png": draft_losses(log),
+            "acceptance.png": draft_acceptance(log),
+            "learning_rate.png": learning_rate(log),
+        },
+        directory,
+    )
+
+
 def save_training_figures(log: Log, directory: Path, tree: str) -> list[str]:
     """Writes loss.png, accuracy.png, tokens_per_round.png, learning_rate.png and, of Medusa-2, backbone.png.
 
@@ -96,6 +132,10 @@ def save_training_figures(log: Log, directory: Path, tree: str) -> list[str]:
     }
     if "backbone" in log[-1].get("eval", {}):
         figures["backbone.png"] = backbone_loss(log)
+    return _save(figures, directory)
+
+
+def _save(figures: dict[str, Figure], directory: Path) -> list[str]:
     for name, figure in figures.items():
         figure.savefig(directory / name, dpi=130)
     return list(figures)

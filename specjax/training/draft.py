@@ -27,6 +27,7 @@ from specjax.training import loop
 from specjax.training.data import Conversation, PackedConfig, attention_mask, packed, packed_steps
 from specjax.training.identity import arrays_fingerprint, settings_of, text_identity
 from specjax.training.optimiser import build
+from specjax.training.quality import Select
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "tvd"]
 
@@ -43,9 +44,15 @@ class DistilConfig(PackedConfig):
     divergence: Divergence = "forward_kl"
     text_weight: float = 0.2  # of the cross-entropy with the text itself, added to the divergence
     checkpoint_every: int = 200  # steps between checkpoints and evaluations
+    keep: int = 2  # newest checkpoints; the best one stays as well
+    select: Select = "last"  # which checkpoint's draft `distil` gives; best: by acceptance
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.keep < 1 or self.select not in ("best", "last"):
+            raise ConfigError(
+                f"keep is {self.keep}, select {self.select!r}; expected at least 1, and 'best' or 'last'."
+            )
         if self.divergence not in DIVERGENCES or self.text_weight < 0:
             raise ConfigError(
                 f"divergence {self.divergence!r}, text_weight {self.text_weight}; expected one of "
@@ -163,10 +170,16 @@ def distil(
     directory: Path,
     *,
     report: Callable[[dict[str, Any]], None] = lambda record: None,
+    monitor: loop.Monitor | None = None,
 ) -> tuple[Params, list[dict[str, Any]]]:
     """Distils a draft of shape `config`; resumes from `directory`.
 
-    Gives its float32 parameters (the averaged ones where there are any) and the log.
+    Gives the float32 parameters (the averaged ones where there are any) of the checkpoint that `training.select` names,
+    and the log of `loop.fit`: a step's record has the loss with its two parts, `divergence` and `text`, the gradient's
+    norm and the learning rate; an evaluation's `eval` is what `evaluate_draft` gives on `held_out`.
+
+    Args:
+      monitor: follows the run (`monitor.RunMonitor`).
 
     Raises:
       ConfigError: a vocabulary of another size than the token map.
@@ -195,10 +208,11 @@ def distil(
     def evaluate(state: Any) -> dict[str, float]:
         return evaluate_draft(optimiser.evaluated(state), config, target, token_map, held_out, training)
 
+    batches = _batches(data, training, None)
     trained = loop.fit(
         step,
         optimiser.init(start),
-        _batches(data, training, None),
+        batches,
         steps=steps,
         directory=directory,
         checkpoint_every=training.checkpoint_every,
@@ -212,8 +226,13 @@ def distil(
         },
         evaluate=evaluate,
         report=report,
+        score=lambda found: found["acceptance"],
+        keep=training.keep,
+        per_step={"tokens": training.batch_size * training.length},
+        monitor=monitor,
     )
-    return optimiser.evaluated(trained.state), trained.log
+    chosen = trained.state if training.select == "last" else loop.best_state(directory, trained.state, batches)
+    return optimiser.evaluated(chosen), trained.log
 
 
 def _batches(data: list[Conversation], training: DistilConfig, epochs: int | None) -> grain.IterDataset:

@@ -13,8 +13,12 @@ from rich.console import Console
 from specjax.bench import environment
 from specjax.config import ModelConfig
 from specjax.loading.load import load_model, save_draft
+from specjax.training.curves import save_draft_figures
+from specjax.training.data import packed_steps
 from specjax.training.distillation import Distillation, prepared
 from specjax.training.draft import DistilConfig, distil, reduced_map
+from specjax.training.monitor import RunMonitor, throughput
+from specjax.training.quality import selected
 from specjax.training.trainer import frequent_tokens
 
 
@@ -31,10 +35,18 @@ class FitDraft:
     num_heads: int = 4
     num_kv_heads: int = 2
     data: Distillation = field(default_factory=Distillation)
-    training: DistilConfig = field(default_factory=DistilConfig)
+    training: DistilConfig = field(default_factory=lambda: DistilConfig(select="best"))
 
     def run(self, output_dir: Path, console: Console) -> dict[str, Any]:
-        """Writes the draft (bfloat16, a Hugging Face directory `draft`), log.jsonl and checkpoints to `output_dir`."""
+        """Distils, and writes the draft of the checkpoint that `training.select` names (bfloat16, a Hugging Face
+        directory `draft`).
+
+        Beside it: log.jsonl, TensorBoard events, curves as PNG, and checkpoints. A run that was stopped goes on where
+        the same `output_dir` is given.
+
+        Raises:
+          As `prepared` and `distil`.
+        """
         model = load_model(self.model, dtype=jnp.bfloat16)
         text, held_out = prepared(model, self.data, console)
         every = np.concatenate([part for item in text for part in (item.prompt, item.answer)])
@@ -55,16 +67,21 @@ class FitDraft:
             eos_token_ids=tuple(rows[t] for t in model.config.eos_token_ids if t in rows),
             name=self.name,
         )
-        draft, log = distil(
-            config,
-            model.params,
-            token_map,
-            text,
-            held_out,
-            self.training,
-            output_dir,
-            report=lambda record: console.print(f"step {record['step']}", json.dumps(record["eval"])),
-        )
+        training = self.training
+        steps, tokens = packed_steps(text, training), training.batch_size * training.length
+        with RunMonitor(output_dir, console, steps=steps, tokens_per_step=tokens) as monitor:
+            draft, log = distil(
+                config,
+                model.params,
+                token_map,
+                text,
+                held_out,
+                training,
+                output_dir,
+                monitor=monitor,
+                report=lambda record: console.print(f"step {record['step']}", json.dumps(record["eval"])),
+            )
+        chosen = selected(log, training.select, "acceptance")
         half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), draft)
         save_draft(output_dir / "draft", half, config, token_map)
         return {
@@ -73,5 +90,9 @@ class FitDraft:
             "environment": environment(),
             "conversations": {"training": len(text), "held_out": len(held_out)},
             "answer_tokens": sum(len(item.answer) for item in text),
-            "record": log[-1]["eval"],
+            "record": chosen["eval"],
+            "step": chosen["step"],
+            "evaluations": [entry for entry in log if "eval" in entry],
+            "throughput": throughput(log),
+            "figures": save_draft_figures(log, output_dir),
         }

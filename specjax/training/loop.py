@@ -24,6 +24,7 @@ from specjax.training import identity
 
 Step = Callable[[Any, Any], tuple[Any, dict[str, jax.Array]]]
 LOG = "log.jsonl"
+_DISK_SECONDS = 10.0  # in which a file written on one host is there on the others
 
 
 class Placement(NamedTuple):
@@ -93,7 +94,7 @@ def fit(
     Raises:
       DataError: data that ends early, or a loss that is not finite; the last checkpoint then holds the state before.
       CheckpointError: a checkpoint of other settings, of another shape, or beyond `steps`; processes with other
-        settings or checkpoints than the first; a full disk, with the last checkpoint intact.
+        settings, checkpoints or disk than the first; a full disk, with the last checkpoint intact.
     """
     directory.mkdir(parents=True, exist_ok=True)
     checkpoints, iterator = directory / "checkpoints", iter(batches)
@@ -103,6 +104,7 @@ def fit(
     log: list[dict[str, Any]] = []
     if settings is not None and first is None:
         _write(directory / identity.FILE, identity.as_json(settings))
+        _check_shared(directory / identity.FILE, identity.as_json(settings))
     if first is not None:
         if settings is not None:
             identity.check(directory / identity.FILE, settings)
@@ -187,6 +189,22 @@ def _check_hosts(checkpoints: Path, settings: Mapping[str, Any] | None) -> None:
         raise CheckpointError(
             f"the processes find checkpoints of steps {begun.tolist()} (-1: none) in {checkpoints}; give all of them "
             "one --output-dir, on a disk that all of them see."
+        )
+
+
+def _check_shared(file: Path, written: str) -> None:
+    # Directories of one name on disks of their own are all empty when a run begins: only a file tells them apart.
+    if jax.process_count() == 1:
+        return
+    multihost_utils.sync_global_devices(f"settings of {file.name}")
+    patience = time.monotonic() + _DISK_SECONDS
+    while not (seen := file.is_file() and file.read_text("utf-8") == written) and time.monotonic() < patience:
+        time.sleep(0.1)
+    everywhere = multihost_utils.process_allgather(np.bool_(seen))
+    if not everywhere.all():
+        raise CheckpointError(
+            f"processes {np.flatnonzero(~everywhere).tolist()} do not see what process 0 wrote to {file.parent}; give "
+            "all of them one --output-dir, on a disk that all of them see."
         )
 
 

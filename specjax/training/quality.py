@@ -71,10 +71,12 @@ def tree_for(tree: Tree | None, heads: int) -> Tree:
     return tree
 
 
-def selected(log: Sequence[dict[str, Any]], select: Select) -> dict[str, Any]:
-    """The log's evaluation of the checkpoint that `select` names; best: by tokens_per_round, the newest on a tie."""
+def selected(
+    log: Sequence[dict[str, Any]], select: Select, score: Literal["tokens_per_round", "acceptance"] = "tokens_per_round"
+) -> dict[str, Any]:
+    """The log's evaluation of the checkpoint that `select` names; best: by `score`, the newest on a tie."""
     evaluations = [entry for entry in log if "eval" in entry]
     if select == "last":
         return evaluations[-1]
     # The evaluation before the first step has no checkpoint.
-    return max(evaluations[1:], key=lambda entry: (entry["eval"]["tokens_per_round"], entry["step"]))
+    return max(evaluations[1:], key=lambda entry: (entry["eval"][score], entry["step"]))

@@ -15,14 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import TEMPLATE, byte_tokenizer, tiny_config
+from conftest import save_chat_model
 
 import specjax as sj
-from specjax import params
 from specjax.cli import main
 from specjax.heads import init_heads
 from specjax.loading.heads import heads_metadata
-from specjax.loading.hf import save_hf
 from specjax.training import loop
 from specjax.training.quality import selected
 
@@ -48,16 +46,8 @@ def get_config():
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory):
-    """A directory with a model whose next token depends on the last one alone, and a tokenizer with a chat template."""
-    directory = tmp_path_factory.mktemp("target")
-    config = tiny_config(vocab=256, hidden_size=32, num_layers=1, max_positions=1024)
-    weights = params.init(jax.random.key(5), config, stddev=0.5)
-    layer = dataclasses.replace(weights.layers[0], out=jnp.zeros_like(weights.layers[0].out))
-    save_hf(directory, dataclasses.replace(weights, layers=(layer,)), config)
-    template = TEMPLATE.replace("<a>", "<assistant>")
-    byte_tokenizer(template).backend.save(str(directory / "tokenizer.json"))
-    (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
-    return directory
+    """A chat model in a directory."""
+    return save_chat_model(tmp_path_factory.mktemp("target"))
 
 
 @pytest.fixture(scope="module")

@@ -38,6 +38,13 @@ def start(devices: int, *arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+def coordinator() -> str:
+    """An address that is free."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
 def finish(processes: list[subprocess.Popen[str]]) -> list[list[dict]]:
     """The JSON lines of every process; all are ended when one fails or takes ten minutes."""
     try:
@@ -92,10 +99,8 @@ def test_eight_devices_give_the_losses_of_one(single, eight, shape):
 
 
 def test_two_processes_give_the_losses_of_one(single, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
-    both = finish([start(1, tmp_path, "run:2x1", coordinator, 2, i) for i in range(2)])
+    at = coordinator()
+    both = finish([start(1, tmp_path, "run:2x1", at, 2, i) for i in range(2)])
     for ((record,),) in zip(both, strict=True):
         assert record["devices"] == 2
         np.testing.assert_allclose(losses(record["log"]), losses(single.log), rtol=0, atol=1e-5)
@@ -103,6 +108,21 @@ def test_two_processes_give_the_losses_of_one(single, tmp_path):
     again = scale_job.run(tmp_path / "run", MeshConfig(1, 1))  # one device reads what the two saved together
     assert scale_job.digest(again) == both[0][0]["digest"]
     assert again.log == both[0][0]["log"]
+
+
+def test_hosts_with_disks_of_their_own_are_told_so(tmp_path):
+    """One name, two disks: both processes stop before the first step."""
+    roots = [tmp_path / name for name in ("here", "there")]
+    at = coordinator()
+    both = [start(1, root, "run:2x1", at, 2, i) for i, root in enumerate(roots)]
+    try:
+        said = [process.communicate(timeout=600)[1] for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    assert all(process.returncode != 0 for process in both)
+    assert all("processes [1] do not see what process 0 wrote to" in errors for errors in said), said
+    assert not any((root / "run" / "log.jsonl").exists() for root in roots)
 
 
 def test_a_checkpoint_of_one_mesh_is_restored_on_others(eight):
