@@ -48,13 +48,24 @@ class State:
 
 
 def round_(
-    params: Params, config: ModelConfig, drafter: Drafter, acceptance: Acceptance, eos: tuple[int, ...], state: State
+    params: Params,
+    config: ModelConfig,
+    drafter: Drafter,
+    acceptance: Acceptance,
+    eos: tuple[int, ...],
+    state: State,
+    *,
+    batch_axis: str | None = None,
 ) -> State:
     """One round: draft, verify in one target forward, accept, commit. Pure and unbatched.
 
     On a finished state it commits nothing, so that a batch may go on until its last member is finished. The whole tree
     is drafted and verified, shapes being static, or the root alone where nothing was drafted; what exceeds the
     remaining budget is cut when committing.
+
+    Args:
+      batch_axis: the name of the axis that a `vmap` of this has: the members then read their roots alone when none of
+        the unfinished ones has a draft. Without the name, `vmap` makes each of them read the tree and the root.
     """
     drafter, tree = drafter.prepare(params), drafter.tree
     key, draft_key, accept_key = jax.random.split(state.key, 3)
@@ -65,7 +76,10 @@ def round_(
         whole = functools.partial(_verify, params, config, tree, state.cache, drafted)
         if drafter.abstains and tree.size > 1:
             root = functools.partial(_verify_root, params, config, tree, state.cache, drafted)
-            features, rows, logits = jax.lax.cond(jnp.any(proposal.tokens[1:] != NO_DRAFT), whole, root)
+            some = jnp.any(proposal.tokens[1:] != NO_DRAFT) & ~state.finished
+            if batch_axis is not None:
+                some = jax.lax.pmax(some.astype(jnp.int32), batch_axis) > 0
+            features, rows, logits = jax.lax.cond(some, whole, root)
         else:
             features, rows, logits = whole()
     with jax.named_scope("accept"):
@@ -185,5 +199,6 @@ def batch_loop(
     Each member gets what `loop` gives it. There is one condition for the whole batch: with one per member, as `vmap` of
     `loop` has it, every cache would be copied at every step.
     """
-    step = jax.vmap(functools.partial(round_, params, config, drafter.prepare(params), acceptance, eos))
+    one = functools.partial(round_, params, config, drafter.prepare(params), acceptance, eos, batch_axis="batch")
+    step = jax.vmap(one, axis_name="batch")
     return jax.lax.while_loop(lambda states: ~jnp.all(states.finished), step, states)

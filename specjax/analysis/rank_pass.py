@@ -53,6 +53,7 @@ class RankPass:
         while (have := sum(len(text.answer) for text in texts)) < self.tokens:
             texts.append(replace(answers[len(texts) % len(answers)]))
         before = _peak_bytes()
+        apart = _reset_peak()
         with Progress(console=console) as progress:
             task = progress.add_task("measuring ranks", total=have)
             table = measure(model, heads, texts, progress=lambda n: progress.advance(task, n))
@@ -65,7 +66,11 @@ class RankPass:
         simulate(table, trees)
         seconds = time.perf_counter() - begin
         speed = table.manifest["tokens_per_second"]
-        console.print(f"{len(table.tokens)} tokens at {speed:.0f} a second; peak memory {peak / 2**30:.2f} GiB")
+        of_what = "of the pass" if apart else "of the whole process"
+        console.print(
+            f"{len(table.tokens)} tokens at {speed:.0f} a second; peak memory {of_what} {peak / 1e9:.2f} GB "
+            f"({before / 1e9:.2f} GB before it)"
+        )
         console.print(f"{self.trees} trees of {self.nodes} nodes over them: {seconds:.1f} s")
         return {
             "experiment": self.name,
@@ -73,7 +78,8 @@ class RankPass:
             "environment": environment(),
             "tokens": len(table.tokens),
             "tokens_per_second": speed,
-            "peak_bytes": peak,
+            "peak_bytes": peak,  # of the process while it measures, the model's weights included
+            "peak_is_of_the_pass_alone": apart,
             "peak_bytes_before_the_pass": before,
             "file_bytes": (output_dir / "pass.ranks.npz").stat().st_size,
             "simulation_seconds": seconds,
@@ -93,7 +99,22 @@ def random_tree(rng: np.random.Generator, nodes: int, depth: int, ranks: int) ->
     return Tree.from_paths(paths)
 
 
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
 def _peak_bytes() -> int:
-    # The most this process has held; the model's weights and decoding are in it.
+    # The most this process has held since the start, or since `_reset_peak`; the model's weights are in it.
+    if _STATUS.exists():
+        line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+        return 1024 * int(line.split()[1])
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else 1024 * most
+
+
+def _reset_peak() -> bool:
+    # Answering prompts takes more memory than measuring them; Linux can forget a peak.
+    try:
+        _CLEAR.write_text("5")
+    except OSError:
+        return False
+    return True

@@ -52,7 +52,10 @@ class Drafter(Protocol):
 
     @property
     def abstains(self) -> bool:
-        """Whether a whole round may come without a draft: the target then reads the root alone (static)."""
+        """Whether a whole round may come without a draft: the target then reads the root alone (static).
+
+        In a batch it does where no member has a draft.
+        """
         ...
 
     def check(self, target: Model) -> None:

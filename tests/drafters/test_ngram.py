@@ -1,15 +1,18 @@
 """The n-gram drafter against a plain search of the text."""
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import noisy_heads
+from conftest import noisy_heads, tiny_model
 
 import specjax as sj
 from specjax import loop
 from specjax.acceptance import NO_DRAFT
 from specjax.drafters.base import Context
+from specjax.model import read
 
 TREES = [sj.Tree.chain(5), sj.Tree.cartesian((3, 2)), sj.Tree.from_paths([(0,), (0, 0), (0, 0, 1), (2,), (2, 0)])]
 
@@ -84,32 +87,92 @@ def test_impossible_lengths_are_refused(max_n, min_n):
         sj.NgramDrafter(sj.Tree.chain(2), max_n, min_n)
 
 
-@pytest.mark.parametrize("acceptance", [sj.Greedy(), sj.Sample(0.8)], ids=["greedy", "sampled"])
-def test_a_round_without_drafts_reads_the_root_alone(model, monkeypatch, acceptance):
-    """The widths of the target forwards as they ran, beside what was drafted in each round."""
-    drafter, widths, expected, prompt = sj.NgramDrafter(sj.Tree.chain(3), min_n=2), [], [], [5, 6, 7, 5, 6]
-    forward = loop.forward
+PROMPTS = [[5, 6, 7, 5, 6], [9, 3, 1, 9, 3, 1]]
+ABSTAINING = sj.NgramDrafter(sj.Tree.chain(3), min_n=2)
+STATIC = (1, 3, 4)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class NeverAbstaining(sj.NgramDrafter):
+    """The same drafts; the whole tree is always read."""
+
+    abstains = False
+
+
+def begin(model, drafter, acceptance, prompt, seed=1):
+    """The state after the prompt, 40 tokens before the end."""
+    tokens, n = jnp.asarray(prompt + [0] * (64 - len(prompt))), jnp.int32(len(prompt))
+    start = jax.jit(loop.start, static_argnums=STATIC)
+    return start(model.params, model.config, drafter, acceptance, (), tokens, n, n + 40, jax.random.key(seed))
+
+
+@pytest.fixture
+def widths(monkeypatch):
+    """How many tokens every target forward reads, as it runs."""
+    found, forward = [], loop.forward
 
     def recorded(params, config, tokens, **kwargs):
-        jax.debug.callback(widths.append, tokens.shape[0], ordered=True)
+        jax.debug.callback(lambda: found.append(tokens.shape[0]))
         return forward(params, config, tokens, **kwargs)
 
     monkeypatch.setattr(loop, "forward", recorded)
-    state = jax.jit(loop.start, static_argnums=(1, 3, 4))(
-        model.params, model.config, drafter, acceptance, (), jnp.asarray(prompt + [0] * 59), jnp.int32(len(prompt)),
-        jnp.int32(45), jax.random.key(1),
-    )  # fmt: skip
-    step = jax.jit(loop.round_, static_argnums=(1, 3, 4))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("acceptance", "window"),
+    [(sj.Greedy(), None), (sj.Greedy(), 6), (sj.Sample(0.8), None), (sj.Typical(), None)],
+    ids=["greedy", "sliding window", "sample", "typical"],
+)
+def test_a_round_without_drafts_reads_the_root_alone(widths, acceptance, window):
+    """The widths of the target forwards beside what was drafted in each round, and the cache after each."""
+    model = tiny_model(sliding_window=window)
+    plan = (model.params, model.config, ABSTAINING, acceptance, ())
+    state, expected = begin(model, ABSTAINING, acceptance, PROMPTS[0]), []
+    step, prefill = jax.jit(loop.round_, static_argnums=STATIC), jax.jit(read, static_argnums=1)
     while not state.finished:
-        drafts = propose(drafter, state.tokens, state.length)[1:]
+        drafts = propose(ABSTAINING, state.tokens, state.length)[1:]
         expected.append(4 if np.any(drafts != NO_DRAFT) else 1)
-        state = step(model.params, model.config, drafter, acceptance, (), state)
-    jax.effects_barrier()
-    assert [int(width) for width in widths] == expected
+        state = step(*plan, state)
+        jax.effects_barrier()
+        assert widths == expected
+        _, fresh = prefill(model.params, model.config, state.tokens, state.length - 1)
+        kept = int(state.length) - 1
+        for ours, theirs in zip(state.cache.v, fresh.v, strict=True):
+            np.testing.assert_allclose(ours[:, :kept], theirs[:, :kept], atol=1e-5)
+        for ours, theirs in zip(state.cache.k, fresh.k, strict=True):
+            np.testing.assert_allclose(ours[:, :, :kept], theirs[:, :, :kept], atol=1e-5)
     assert {1, 4} == set(expected)
-    if acceptance == sj.Greedy():
-        alone = sj.generate(model, prompt, max_new_tokens=40, eos_token_ids=()).tokens
-        assert state.tokens[5:45].tolist() == alone.tolist()
+    never = NeverAbstaining(ABSTAINING.tree, min_n=2)
+    other = begin(model, never, acceptance, PROMPTS[0])
+    whole = jax.jit(loop.loop, static_argnums=STATIC)(model.params, model.config, never, acceptance, (), other)
+    np.testing.assert_array_equal(state.tokens[:45], whole.tokens[:45])
+    assert int(state.rounds) == int(whole.rounds)
+    np.testing.assert_array_equal(state.accepted[: state.rounds], whole.accepted[: state.rounds])
+
+
+def test_a_batch_reads_its_roots_alone_where_no_member_has_a_draft(model, widths):
+    """One forward a round for the whole batch: a predicate for every member would make it two."""
+    states = [begin(model, ABSTAINING, sj.Greedy(), prompt) for prompt in PROMPTS]
+    plan, going, expected = (model.params, model.config, ABSTAINING, sj.Greedy(), ()), states, []
+    step = jax.jit(loop.round_, static_argnums=STATIC)
+    while not all(bool(s.finished) for s in going):
+        drafts = [propose(ABSTAINING, s.tokens, s.length)[1:] for s in going if not s.finished]
+        expected.append(4 if np.any(np.array(drafts) != NO_DRAFT) else 1)
+        going = [step(*plan, s) for s in going]
+    jax.effects_barrier()
+    widths.clear()
+    batch = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+    together = jax.jit(loop.batch_loop, static_argnums=STATIC)(*plan, batch)
+    jax.block_until_ready(together)
+    jax.effects_barrier()
+    per_member = len(widths) // len(expected)  # vmap may call back for each member
+    assert widths == [width for width in expected for _ in range(per_member)]
+    assert {1, 4} == set(expected)
+    for i, one in enumerate(going):
+        length = int(one.length)
+        np.testing.assert_array_equal(together.tokens[i, :length], one.tokens[:length])
 
 
 def test_a_hybrid_abstains_only_where_all_its_parts_do(model):
