@@ -26,7 +26,7 @@ class PromptLookup:
     name: str
     model: str  # a packaged name or a directory
     category: str = "long_context"
-    lookup: int = 10  # transformers' drafts per round
+    lookups: tuple[int, ...] = (10, 7, 3)  # transformers' drafts per round
     trees: tuple[str, ...] = ("chain:10", "chain:7", "chain:3")
     max_new_tokens: int = 128
     dtype: Literal["float32", "bfloat16"] = "float32"  # on both sides
@@ -61,8 +61,8 @@ class PromptLookup:
         ours: dict[str, NgramDrafter | None] = {"autoregressive": None}
         trees = [Tree.parse(text) for text in self.trees]
         ours |= {f"ngram {text}": NgramDrafter(tree) for text, tree in zip(self.trees, trees, strict=True)}
-        lookup = {"prompt_lookup_num_tokens": self.lookup}
-        other: dict[str, dict[str, Any]] = {"transformers": {}, "transformers lookup": lookup}
+        other: dict[str, dict[str, Any]] = {"transformers": {}}
+        other |= {f"transformers lookup:{n}": {"prompt_lookup_num_tokens": n} for n in self.lookups}
         tokens = dict.fromkeys((*ours, *other), 0)
         rounds = dict.fromkeys(tokens, 0)
         seconds: dict[str, list[float]] = {name: [] for name in tokens}
@@ -105,6 +105,7 @@ class PromptLookup:
                     "name": name,
                     "tokens_per_forward": tokens[name] / rounds[name],
                     "accepted_per_forward": tokens[name] / rounds[name] - 1,
+                    "forwards": rounds[name],
                     "speedup": {"median": float(np.median(gain)), "min": float(gain.min()), "max": float(gain.max())},
                     "same_text": same[name],
                 }

@@ -84,9 +84,9 @@ def learning_rate(log: Log) -> Figure:
 
 
 def draft_losses(log: Log) -> Figure:
-    """A draft's divergence from the target and its loss on the text: of every step, and held out (the text, marks)."""
+    """A draft's divergence from the target and its loss on the text at every step; the latter held out too, marks."""
     steps, evaluations = _split(log)
-    figure, axes = _axes("Divergence and text loss: training (thin), held out (marks)", "nats per token")
+    figure, axes = _axes("Divergence and text loss: training (thin); held-out text (marks)", "nats per token")
     for colour, name in (("C0", "divergence"), ("C1", "text")):
         axes.plot([r["step"] for r in steps], [r[name] for r in steps], color=colour, lw=0.7, alpha=0.6, label=name)
     at = [r["step"] for r in evaluations]

@@ -103,8 +103,7 @@ def fit(
     first = checkpoint.latest(checkpoints)
     log: list[dict[str, Any]] = []
     if settings is not None and first is None:
-        _write(directory / identity.FILE, identity.as_json(settings))
-        _check_shared(directory / identity.FILE, identity.as_json(settings))
+        _begin(directory / identity.FILE, identity.as_json(settings))
     if first is not None:
         if settings is not None:
             identity.check(directory / identity.FILE, settings)
@@ -192,13 +191,21 @@ def _check_hosts(checkpoints: Path, settings: Mapping[str, Any] | None) -> None:
         )
 
 
-def _check_shared(file: Path, written: str) -> None:
-    # Directories of one name on disks of their own are all empty when a run begins: only a file tells them apart.
+def _begin(file: Path, settings: str) -> None:
+    """Writes the settings; of several processes the first one does, and all of them see them, or none goes on."""
     if jax.process_count() == 1:
-        return
-    multihost_utils.sync_global_devices(f"settings of {file.name}")
+        return _write(file, settings)
+    # Directories of one name on disks of their own are all empty when a run begins: only a file tells them apart. Every
+    # process takes part in every exchange, whatever fails: one that stopped alone would leave the others waiting.
+    failed = None
+    try:
+        _write(file, settings)
+    except CheckpointError as error:
+        failed = error
+    if multihost_utils.process_allgather(np.bool_(failed is not None)).any():
+        raise failed or CheckpointError(f"process 0 cannot write {file}; its message says why.")
     patience = time.monotonic() + _DISK_SECONDS
-    while not (seen := file.is_file() and file.read_text("utf-8") == written) and time.monotonic() < patience:
+    while not (seen := _holds(file, settings)) and time.monotonic() < patience:
         time.sleep(0.1)
     everywhere = multihost_utils.process_allgather(np.bool_(seen))
     if not everywhere.all():
@@ -206,6 +213,13 @@ def _check_shared(file: Path, written: str) -> None:
             f"processes {np.flatnonzero(~everywhere).tolist()} do not see what process 0 wrote to {file.parent}; give "
             "all of them one --output-dir, on a disk that all of them see."
         )
+
+
+def _holds(file: Path, text: str) -> bool:
+    try:
+        return file.read_text("utf-8") == text
+    except (OSError, ValueError):  # not there yet, or replaced while it is read
+        return False
 
 
 def best_state(directory: Path, like: Any, batches: grain.IterDataset) -> Any:

@@ -17,8 +17,9 @@ _SECONDS = 0.5  # between two updates of the live line: reading a loss waits for
 class RunMonitor:
     """A `loop.Monitor`, to be used as a context: `with RunMonitor(...) as monitor: train(..., monitor=monitor)`.
 
-    The line has the step, the mean loss, head 1's top-1 accuracy at the last evaluation, tokens per second and the time
-    that is left. The events have every number of the log, under its path in a record (`eval/accuracy/top1/head_1`).
+    The line has the step, the mean loss, how good it was at the last evaluation (head 1's top-1 accuracy, a draft
+    model's acceptance), tokens per second and the time that is left. The events have every number of the log, under its
+    path in a record (`eval/accuracy/top1/head_1`).
     A resumed run writes the whole log once more, with the same values.
 
     Args:
@@ -33,14 +34,14 @@ class RunMonitor:
             TextColumn("training"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}  top-1 {task.fields[top1]}  {task.fields[rate]} tokens/s"),
+            TextColumn("loss {task.fields[loss]}  {task.fields[quality]}  {task.fields[rate]} tokens/s"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
         )
         self._writer = SummaryWriter(str(directory / EVENTS))
         self._progress = Progress(*columns, console=console)
-        self._task = self._progress.add_task("training", total=steps, loss="-", top1="-", rate="-")
+        self._task = self._progress.add_task("training", total=steps, loss="-", quality="", rate="-")
         self._tokens, self._shown = tokens_per_step, (time.perf_counter(), 0)
 
     def __enter__(self) -> "RunMonitor":
@@ -79,7 +80,9 @@ class RunMonitor:
     def _show(self, found: Mapping[str, Any]) -> None:
         top1 = found.get("accuracy", {}).get("top1")
         if top1:
-            self._progress.update(self._task, top1=f"{top1[0]:.3f}")
+            self._progress.update(self._task, quality=f"top-1 {top1[0]:.3f}")
+        elif "acceptance" in found:
+            self._progress.update(self._task, quality=f"acceptance {found['acceptance']:.3f}")
 
 
 def evaluation_line(entry: Mapping[str, Any]) -> str:
