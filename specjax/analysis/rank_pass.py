@@ -52,12 +52,12 @@ class RankPass:
         texts: list[Text] = []
         while (have := sum(len(text.answer) for text in texts)) < self.tokens:
             texts.append(replace(answers[len(texts) % len(answers)]))
-        before = _peak_bytes()
-        apart = _reset_peak()
+        before = peak_bytes()
+        apart = reset_peak()
         with Progress(console=console) as progress:
             task = progress.add_task("measuring ranks", total=have)
             table = measure(model, heads, texts, progress=lambda n: progress.advance(task, n))
-        peak = _peak_bytes()
+        peak = peak_bytes()
         table.save(output_dir / "pass.ranks.npz")
         rng = np.random.default_rng(self.seed)
         trees = [random_tree(rng, self.nodes, table.num_heads, min(10, table.cap)) for _ in range(self.trees)]
@@ -102,8 +102,8 @@ def random_tree(rng: np.random.Generator, nodes: int, depth: int, ranks: int) ->
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def _peak_bytes() -> int:
-    # The most this process has held since the start, or since `_reset_peak`; the model's weights are in it.
+def peak_bytes() -> int:
+    """The most this process has held since its start, or since `reset_peak`; a model's weights are in it."""
     if _STATUS.exists():
         line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
         return 1024 * int(line.split()[1])
@@ -111,8 +111,8 @@ def _peak_bytes() -> int:
     return most if sys.platform == "darwin" else 1024 * most
 
 
-def _reset_peak() -> bool:
-    # Answering prompts takes more memory than measuring them; Linux can forget a peak.
+def reset_peak() -> bool:
+    """Forgets the peak, for answering prompts takes more memory than measuring them. False where the system cannot."""
     try:
         _CLEAR.write_text("5")
     except OSError:
