@@ -16,14 +16,14 @@ outputs are the same as without a drafter (20 of 20 each):
 
 The draft model's first token is accepted in 31% of the rounds at T = 0, 31% at 0.7 and 24% at 1 (vanilla); one of its
 three first drafts in 46, 47 and 42% (draft tree). At T = 0 by category (chat, code, translation, long context, maths),
-tokens per round and speed-up:
+tokens per round and speed-up, medians of four prompts:
 
     vanilla        1.57 1.02   1.52 1.04   1.27 0.83   1.22 0.80   1.55 1.03
     ngram          1.20 0.99   1.15 1.00   1.03 0.96   1.68 1.35   1.24 1.01
     ngram+medusa   1.75 0.94   1.67 0.92   1.14 0.65   1.92 1.05   1.79 1.00
     medusa+draft   1.85 0.90   1.88 0.96   1.36 0.71   1.41 0.68   1.84 0.98
 
-(medians of four prompts). Without AVX-512 a round of eight nodes costs two steps, and no median over all prompts is
+Without AVX-512 a round of eight nodes costs two steps, and no median over all prompts is
 above 1. N-grams pay on long contexts, and lose little elsewhere (0.96 at least at T = 0; 0.92 over all prompts at 0.7
 and 1): a round in which they find nothing is an autoregressive step.
 """

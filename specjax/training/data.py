@@ -8,7 +8,7 @@ each, so that neither attention nor labels cross from one to the next. The itera
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import grain
 import jax
@@ -20,6 +20,7 @@ from specjax.errors import ConfigError, DataError
 from specjax.training.optimiser import OptimiserConfig, whole_updates
 
 _Mask = TypeVar("_Mask", np.ndarray, jax.Array)
+Select = Literal["best", "last"]  # which checkpoint a run gives; best: by its score on held-out text
 _BINS = 32  # rows that are filled side by side: more waste less, and hold back more conversations
 
 
@@ -49,11 +50,15 @@ class PackedConfig(OptimiserConfig):
     length: int = 512
     seed: int = 0
     checkpoint_every: int = 100  # steps between checkpoints and evaluations
+    keep: int = 2  # newest checkpoints; the best one stays as well
+    select: Select = "last"  # which checkpoint counts in the end
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if min(self.epochs, self.batch_size, self.length, self.checkpoint_every) < 1:
-            raise ConfigError(f"{self}: expected epochs, batch_size, length and checkpoint_every of at least 1.")
+        if min(self.epochs, self.batch_size, self.length, self.checkpoint_every, self.keep) < 1:
+            raise ConfigError(f"{self}: expected epochs, batch_size, length, checkpoint_every and keep of at least 1.")
+        if self.select not in ("best", "last"):
+            raise ConfigError(f"select is {self.select!r}; expected 'best' or 'last'.")
 
 
 def packed_steps(data: Sequence[Conversation], config: PackedConfig) -> int:

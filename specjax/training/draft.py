@@ -27,14 +27,13 @@ from specjax.training import loop
 from specjax.training.data import Conversation, PackedConfig, attention_mask, packed, packed_steps
 from specjax.training.identity import arrays_fingerprint, settings_of, text_identity
 from specjax.training.optimiser import build
-from specjax.training.quality import Select
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "tvd"]
 
 
 @dataclass(frozen=True)
 class DistilConfig(PackedConfig):
-    """How to distil."""
+    """How to distil; the best checkpoint is the one with the highest acceptance."""
 
     epochs: int = 4
     length: int = 256
@@ -44,15 +43,9 @@ class DistilConfig(PackedConfig):
     divergence: Divergence = "forward_kl"
     text_weight: float = 0.2  # of the cross-entropy with the text itself, added to the divergence
     checkpoint_every: int = 200  # steps between checkpoints and evaluations
-    keep: int = 2  # newest checkpoints; the best one stays as well
-    select: Select = "last"  # which checkpoint's draft `distil` gives; best: by acceptance
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.keep < 1 or self.select not in ("best", "last"):
-            raise ConfigError(
-                f"keep is {self.keep}, select {self.select!r}; expected at least 1, and 'best' or 'last'."
-            )
         if self.divergence not in DIVERGENCES or self.text_weight < 0:
             raise ConfigError(
                 f"divergence {self.divergence!r}, text_weight {self.text_weight}; expected one of "

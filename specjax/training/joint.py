@@ -24,14 +24,13 @@ from specjax.training.data import PackedConfig, attention_mask
 from specjax.training.draft import DIVERGENCES
 from specjax.training.lora import Lora, LoraConfig, adapters
 from specjax.training.losses import IGNORED, Weighting, chunked_cross_entropy, token_losses
-from specjax.training.quality import Select
 
 Batch = Mapping[str, Array]
 
 
 @dataclass(frozen=True)
 class JointConfig(PackedConfig):
-    """How to fit."""
+    """How to fit; the best checkpoint is the one with the most tokens_per_round."""
 
     lora: LoraConfig | None = None  # Medusa-2; None: Medusa-1, the target stays as it is
     backbone_loss: Literal["kl", "text"] = "kl"  # Medusa-2's: divergence from the frozen target, or of the text
@@ -40,18 +39,14 @@ class JointConfig(PackedConfig):
     warmup: float = 0.1
     weighting: Weighting = "decay"  # of the heads' losses: 1 each, or 0.8 ** i
     head_weight: float = 0.01  # Medusa-2: of the heads' losses beside the backbone's, once the ramp is over
-    keep: int = 2  # newest checkpoints; the best one stays as well
-    select: Select = "last"  # which checkpoint `fit_joint` gives; best: by tokens_per_round
     remat: bool = True  # computes the layers again in the backward pass: a forward pass more, for less memory
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.keep < 1 or min(self.lora_learning_rate, self.head_weight) <= 0:
-            raise ConfigError(f"{self}: expected keep of at least 1, lora_learning_rate and head_weight above 0.")
+        if min(self.lora_learning_rate, self.head_weight) <= 0:
+            raise ConfigError(f"{self}: expected lora_learning_rate and head_weight above 0.")
         if self.backbone_loss not in ("kl", "text"):
             raise ConfigError(f"backbone_loss is {self.backbone_loss!r}; expected 'kl' or 'text'.")
-        if self.select not in ("best", "last"):
-            raise ConfigError(f"select is {self.select!r}; expected 'best' or 'last'.")
         losses.head_weights(self.weighting, 1)
 
     def ramp(self, done: Float[Array, ""]) -> Float[Array, ""]:

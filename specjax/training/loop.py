@@ -194,7 +194,8 @@ def _check_hosts(checkpoints: Path, settings: Mapping[str, Any] | None) -> None:
 def _begin(file: Path, settings: str) -> None:
     """Writes the settings; of several processes the first one does, and all of them see them, or none goes on."""
     if jax.process_count() == 1:
-        return _write(file, settings)
+        _write(file, settings)
+        return
     # Directories of one name on disks of their own are all empty when a run begins: only a file tells them apart. Every
     # process takes part in every exchange, whatever fails: one that stopped alone would leave the others waiting.
     failed = None

@@ -9,9 +9,9 @@ from jaxtyping import Float, Int
 from specjax.analysis.simulate import simulate
 from specjax.analysis.table import RankTable
 from specjax.errors import TreeError
+from specjax.training.data import Select
 from specjax.tree import Tree
 
-Select = Literal["best", "last"]
 TOP = (1, 2, 3, 5, 10)
 CAP = 32  # ranks below it are exact in an evaluation: the widest tree that can be simulated
 

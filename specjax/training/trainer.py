@@ -18,6 +18,7 @@ from specjax.heads import Heads, draft_projection, project
 from specjax.model import dot
 from specjax.params import Params
 from specjax.training import loop
+from specjax.training.data import Select
 from specjax.training.distill import Answers
 from specjax.training.identity import arrays_fingerprint, of_head_run
 from specjax.training.losses import (
@@ -33,7 +34,7 @@ from specjax.training.losses import (
     token_losses,
 )
 from specjax.training.optimiser import Optimiser, OptimiserConfig, State, build, whole_updates
-from specjax.training.quality import CAP, Quality, Select, held_out_ranks, record, tree_for
+from specjax.training.quality import CAP, Quality, held_out_ranks, record, tree_for
 from specjax.tree import Tree
 
 
