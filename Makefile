@@ -45,9 +45,10 @@ lint: $(VENV)/test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Two processes: most of the time is compilation, which uses one core.
+# Two processes: most of the time is compilation, which uses one core. Real weights apart: tests/conftest.py says why.
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/real
+	$(BIN)/python -m pytest -n 2 tests/real
 
 bench: $(VENV)/run
 	$(BIN)/specjax run experiments/round_time_smollm2.py

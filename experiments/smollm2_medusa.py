@@ -47,6 +47,7 @@ def get_config() -> DecodeExperiment:
             ),
             Method("autoregressive_bf16"),
             Method("medusa_bf16", heads=heads, tree="paths:0,1,2,0.0,0.1"),
+            Method("ngram+medusa_bf16", heads=heads, drafter="ngram+medusa", tree="chain:3+paths:0,1,2,0.0"),
         ),
         prompts=Prompts(per_category=2),
         decoding=Decoding(max_new_tokens=64),

@@ -1,7 +1,7 @@
 """PRNG keys that compile and run fast: a hash of a few multiplications in place of threefry's twenty rounds.
 
 Every round splits its key, so that threefry is a good part of what small test programs cost. The laws are
-tested with it alone; JAX's own keys are tested in tests/test_lossless_real.py and tests/test_decode.py.
+tested with it alone; JAX's own keys are tested in tests/real/test_sampling.py and tests/test_decode.py.
 """
 
 import jax

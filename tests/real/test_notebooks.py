@@ -8,7 +8,7 @@ import jupytext
 import nbclient
 import pytest
 
-FOLDER = Path(__file__).parent.parent / "notebooks"
+FOLDER = Path(__file__).parents[2] / "notebooks"
 LIMIT = 300  # seconds for a notebook; it takes less than 90 where nothing else runs
 NAMES = sorted(path.stem for path in FOLDER.glob("[0-9]*.py"))
 

@@ -1,4 +1,4 @@
-"""The real model: its heads, both architectures, the README's examples. Losslessness: test_lossless_real.py."""
+"""The real model: its heads, both architectures, the README's examples. Losslessness: test_greedy.py."""
 
 import dataclasses
 import re
@@ -36,7 +36,7 @@ def test_a_qwen2_with_zero_biases_is_the_llama(smollm2):
 
 def test_the_readmes_examples_run(capsys):
     """All of its Python, in order, in one namespace."""
-    blocks = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text("utf-8"), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[2] / "README.md").read_text("utf-8"), re.DOTALL)
     assert len(blocks) >= 3
     scope = {}
     for block in blocks:
