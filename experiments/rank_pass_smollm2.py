@@ -5,11 +5,13 @@ specjax run experiments/rank_pass_smollm2.py --tokens 20000     (a tenth, for a 
 
 It should fit in 2 GB, the model's weights included, and the simulation should take less than 10 s on 2 CPU cores.
 
-Record (2 CPU cores, AMD EPYC Zen 3, jax 0.10.2, --dtype float32, three to five other processes at work on the same
-cores): 200,064 tokens, each read after its prompt, at 60 a second; alone, 5,300 tokens went at 118 a second,
-compilation included (tree_search_smollm2). The table takes 1.9 MB. A thousand trees of 64 nodes over it: 2.9 s. Memory:
-in the pass at most 1.92 GB, weights included, over 3,046 tokens (the table of 200,064 adds 2 MB; 1.96 GB when looked at
-during that run); 2.14 GB before it, when the process answered the prompts.
+Record (2 CPU cores, AMD EPYC Zen 4, jax 0.10.2, bfloat16, nothing else running), --tokens 10000: 242 tokens a second,
+each read after its prompt, compilation included; 1.74 GB at most in the pass, weights included, 2.25 GB before it, when
+the process answered the prompts. A thousand trees of 64 nodes over them: 0.4 s.
+
+On an AMD EPYC Zen 3, --dtype float32, three to five other processes at work on the same cores: 200,064 tokens at 60 a
+second. The table takes 1.9 MB; a thousand trees of 64 nodes over it 2.9 s. In the pass at most 1.92 GB, over 3,046
+tokens (the table of 200,064 adds 2 MB; 1.96 GB when looked at during that run); 2.14 GB before it.
 """
 
 from specjax.analysis.rank_pass import RankPass
