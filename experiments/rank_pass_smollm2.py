@@ -10,8 +10,8 @@ each read after its prompt, compilation included; 1.74 GB at most in the pass, w
 the process answered the prompts. A thousand trees of 64 nodes over them: 0.4 s.
 
 On an AMD EPYC Zen 3, --dtype float32, three to five other processes at work on the same cores: 200,064 tokens at 60 a
-second. The table takes 1.9 MB; a thousand trees of 64 nodes over it 2.9 s. In the pass at most 1.92 GB, over 3,046
-tokens (the table of 200,064 adds 2 MB; 1.96 GB when looked at during that run); 2.14 GB before it.
+second. The table takes 1.9 MB on disk; a thousand trees of 64 nodes over it 2.9 s. In the pass at most 1.92 GB, over
+3,046 tokens (1.96 GB when looked at during the run of 200,064, whose own peak was not recorded); 2.14 GB before it.
 """
 
 from specjax.analysis.rank_pass import RankPass

@@ -97,12 +97,14 @@ def _show(options: argparse.Namespace, rest: list[str]) -> int:
 
 def _measure(options: argparse.Namespace, rest: list[str]) -> int:
     import specjax as sj
-    from specjax.analysis.ranks import measure
+    from specjax.analysis.ranks import check_measure, measure
     from specjax.analysis.texts import greedy_answers
     from specjax.prompts import load_prompts
 
     if options.save.suffix != ".npz":
         raise sj.ConfigError(f"rank tables are .npz files, not {options.save.name!r}; change the name.")
+    check_measure(options.cap, options.typical_temperature)  # before the prompts are answered, which takes minutes
+    options.save.parent.mkdir(parents=True, exist_ok=True)
     prompts = load_prompts(options.prompts)
     model = sj.load_model(options.model, dtype=options.dtype)
     heads = sj.load_heads(options.heads, model.config, dtype=options.dtype)
@@ -129,7 +131,7 @@ def _optimise(options: argparse.Namespace, rest: list[str]) -> int:
     from specjax.errors import TreeError
 
     table, limits = _table(options), Limits(options.max_depth, options.max_branching)
-    times = _round_times(options.round_times)
+    times = _round_times(options.round_times, table)
     sizes = [options.nodes] if times is None else [n for n in times.nodes if n > 1]
     most = limits.largest(table.num_heads, table.cap)
     if times is not None and (beyond := [n for n in sizes if n > most]):
@@ -138,14 +140,18 @@ def _optimise(options: argparse.Namespace, rest: list[str]) -> int:
     if not sizes:
         raise TreeError(f"no size is left: the round times are of {times and times.nodes} nodes; measure others.")
     found = search_trees(table, sizes, search=options.search, limits=limits)
-    view = Table("nodes", "tokens per round", "accepted per round", *_speed_columns(times))
+    columns = ("nodes", "tokens per round", "accepted per round", *_speed_columns(times))
+    view = Table(*columns, caption="on the text that was searched: other text gives fewer tokens per round")
     for one in found:
         cells = [str(one.tree.size), f"{one.tokens_per_round:.3f}", f"{one.accepted_per_round:.3f}"]
         view.add_row(*cells, *_speed(times, one))
     Console().print(view)
     best = found[0].tree
     if times is not None:
-        best = max(found, key=lambda one: times.speedup(one.tree.size, one.tokens_per_round)).tree
+        gains = [times.speedup(one.tree.size, one.tokens_per_round) for one in found]
+        best = found[gains.index(max(gains))].tree
+        if max(gains) <= 1:
+            print(f"No tree pays here: the best is predicted at {max(gains):.2f} of autoregressive decoding.")
         best = replace(best, provenance={**best.provenance, "round_times": asdict(times)})
     print(best.ascii())
     if options.save:
@@ -161,7 +167,8 @@ def _simulate(options: argparse.Namespace, rest: list[str]) -> int:
     from specjax.analysis.simulate import simulate
     from specjax.tree import Tree
 
-    table, times = _table(options), _round_times(options.round_times)
+    table = _table(options)
+    times = _round_times(options.round_times, table)
     rule: Greedy | Typical = Greedy()
     if options.typical is not None:
         epsilon, delta = options.typical
@@ -189,8 +196,14 @@ def _table(options: argparse.Namespace):  # type: ignore[no-untyped-def]  # Rank
         raise sj.ConfigError(f"--model is {options.model}, --heads is {options.heads}; give both, or neither.")
     if options.model is None:
         return table
-    model = sj.load_model(options.model, dtype=table.manifest["dtype"])
-    return table.check(model, sj.load_heads(options.heads, model.config, dtype=table.manifest["heads_dtype"]))
+    try:
+        dtype, heads_dtype = table.manifest["dtype"], table.manifest["heads_dtype"]
+    except KeyError as error:
+        raise sj.DataError(
+            f"{options.ranks} does not say which dtype it was measured in (no {error}); measure it anew."
+        ) from error
+    model = sj.load_model(options.model, dtype=dtype)
+    return table.check(model, sj.load_heads(options.heads, model.config, dtype=heads_dtype))
 
 
 def _speed_columns(times) -> list[str]:  # type: ignore[no-untyped-def]
@@ -204,16 +217,21 @@ def _speed(times, one) -> list[str]:  # type: ignore[no-untyped-def]
     return [f"{times.tokens_per_second(*of):.1f}", f"{times.speedup(*of):.2f}"]
 
 
-def _round_times(path: Path | None):  # type: ignore[no-untyped-def]  # RoundTimes is imported late
+def _round_times(path: Path | None, table):  # type: ignore[no-untyped-def]  # RoundTimes is imported late
     from specjax.analysis.round_time import RoundTimes
     from specjax.errors import DataError
 
     if path is None:
         return None
     try:
-        return RoundTimes.from_result(json.loads(path.read_text()))
+        result = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read the round times {path} ({error}); make them with `specjax bench`.") from error
+    times, dtype = RoundTimes.from_result(result), table.manifest.get("dtype")
+    timed = result.get("config", {}).get("dtype", dtype)
+    if timed != dtype:
+        raise DataError(f"the rounds of {path} were timed in {timed}, the ranks measured in {dtype}; use one dtype.")
+    return times
 
 
 def _bench(options: argparse.Namespace, rest: list[str]) -> int:

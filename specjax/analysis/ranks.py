@@ -38,6 +38,14 @@ class Text:
     category: str = "all"
 
 
+def check_measure(cap: int, typical_temperature: float | None) -> None:
+    """Raises DataError for a cap or a temperature that `measure` would refuse."""
+    if not 1 <= cap < 2**15:
+        raise DataError(f"cap is {cap}; expected 1 to 32767.")
+    if typical_temperature is not None and not 0 < typical_temperature < math.inf:
+        raise DataError(f"typical_temperature is {typical_temperature}; expected a positive number, or None.")
+
+
 def measure(
     model: Model,
     heads: Heads,
@@ -64,10 +72,7 @@ def measure(
     """
     if not texts:
         raise DataError("there is no text to measure; pass at least one sequence.")
-    if not 1 <= cap < 2**15:
-        raise DataError(f"cap is {cap}; expected 1 to 32767.")
-    if typical_temperature is not None and not 0 < typical_temperature < math.inf:
-        raise DataError(f"typical_temperature is {typical_temperature}; expected a positive number, or None.")
+    check_measure(cap, typical_temperature)
     if not 1 <= candidates <= heads.config.output_size and typical_temperature is not None:
         raise DataError(f"candidates is {candidates}; these heads allow 1 to {heads.config.output_size}.")
     projection = draft_projection(heads, model.params.unembedding)
@@ -82,6 +87,10 @@ def measure(
         if whole.min() < 0 or whole.max() >= vocab:
             raise DataError(
                 f"text {number} has token ids from {whole.min()} to {whole.max()}; the vocabulary is {vocab}."
+            )
+        if len(whole) > model.config.max_positions:
+            raise DataError(
+                f"text {number} has {len(whole)} tokens, the model reads {model.config.max_positions}; cut it."
             )
         labels = future_labels(answer, np.array([len(answer)]), heads.config.num_heads)
         rows = labels if token_map is None else reduce_labels(labels, np.asarray(token_map), vocab)

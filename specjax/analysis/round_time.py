@@ -1,5 +1,6 @@
 """What a round costs on this machine against the number of tree nodes, and the choice of a tree by it."""
 
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -169,19 +170,23 @@ class RoundTime:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     sizes: tuple[int, ...] = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
     prompt_tokens: int = 64
+    max_new_tokens: int = 128  # the cache has room for so many more: a round's cost depends on its slots
     repeats: int = 5
 
     def run(self, output_dir: Path, console: Console) -> dict[str, Any]:
         """Prints the table and gives the result."""
         if self.sizes[:1] != (1,):
             raise ConfigError(f"sizes is {self.sizes}; it must begin with 1, autoregressive decoding, the baseline.")
+        if any(a >= b for a, b in itertools.pairwise(self.sizes)):
+            raise ConfigError(f"sizes is {self.sizes}; each must be above the one before.")
         model = load_model(self.model, dtype=self.dtype)
         heads = load_heads(self.heads, model.config, dtype=self.dtype)
         recorded = np.asarray(heads_metadata(self.heads).get("hits", ()))
         hits = recorded if recorded.size else generic_hits(heads)
         prompt = (np.arange(self.prompt_tokens) + 1) % model.config.vocab_size
         trees = [greedy_tree(hits, size) for size in self.sizes]
-        taken = time_rounds(model, heads, trees, prompt.tolist(), repeats=self.repeats)
+        capacity = capacity_for(self.prompt_tokens, self.max_new_tokens, heads.config.num_heads)
+        taken = time_rounds(model, heads, trees, prompt.tolist(), repeats=self.repeats, capacity=capacity)
         times = RoundTimes(self.sizes, tuple(ms["median"] for ms in taken))
         rows: list[dict[str, Any]] = []
         table = Table(title=f"{self.name}, {self.dtype}: time of a round")

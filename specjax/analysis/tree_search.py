@@ -95,7 +95,9 @@ class TreeSearch:
             for n, ms, found, here in zip(self.sizes, taken[1:], trees["walk"], same, strict=True)
         ]
         speed = {m["tree_nodes"]: m["tokens_per_second"]["median"] for m in measured[1:]}
-        self._show(console, rows, predictions, measured, best.size)
+        halves = len(searched.lengths) > 1
+        same_kind = {name: _errors(_across(name, self.sizes, searched)) for name in SEARCHES} if halves else {}
+        self._show(console, rows, same_kind.get("walk"), predictions, measured, best.size)
         self._figures(output_dir, searched, checked, rows, bounds, predictions, measured, best)
         return {
             "experiment": self.name,
@@ -103,6 +105,7 @@ class TreeSearch:
             "environment": environment(),
             "text": {"searched": dict(searched.manifest), "checked": dict(checked.manifest)},
             "rows": rows,
+            "error_on_same_kind": same_kind,
             "error_on_other_text": {name: _errors([r for r in rows if r["search"] == name]) for name in SEARCHES},
             "upper_bounds_by_depth": bounds,
             "autoregressive_milliseconds": taken[0],
@@ -116,6 +119,7 @@ class TreeSearch:
         self,
         console: Console,
         rows: Sequence[dict[str, Any]],
+        same_kind: dict[str, float] | None,
         predictions: Sequence[dict[str, Any]],
         measured: Sequence[dict[str, Any]],
         best: int,
@@ -131,6 +135,11 @@ class TreeSearch:
             table.add_row(str(n), *cells, f"{speed[n]:.1f}" if n in speed else "")
         console.print(table)
         error = _errors([row for row in rows if row["search"] == "walk"])
+        if same_kind is not None:
+            console.print(
+                f"tokens per round on the half of the text that was not searched: {100 * same_kind['mean']:+.1f}% of "
+                f"the prediction on average, at most {100 * same_kind['largest']:.1f}% off"
+            )
         console.print(
             f"tokens per round on other text than searched: {100 * error['mean']:+.1f}% of the prediction on average, "
             f"at most {100 * error['largest']:.1f}% off"
@@ -197,6 +206,16 @@ def _rows(search: str, found: Sequence[Simulation], checked: RankTable) -> list[
             "error": there.tokens_per_round / one.tokens_per_round - 1,
         }
         for one, there in zip(found, other, strict=True)
+    ]
+
+
+def _across(search: str, sizes: Sequence[int], table: RankTable) -> list[dict[str, Any]]:
+    # Searched on one half of the table's texts, simulated on the other, both ways.
+    halves = [table.select(lambda i, side=side: i % 2 == side) for side in (0, 1)]  # type: ignore[misc]
+    return [
+        row
+        for here, there in (halves, halves[::-1])
+        for row in _rows(search, search_trees(here, sizes, search=search), there)
     ]
 
 

@@ -167,7 +167,7 @@ def test_joint_is_not_worse_on_a_table_that_its_margin_was_not_chosen_on(directi
     """The small Qwen2's heads: too little text for most joint laws, which then leave the independent tree alone."""
     table = RankTable.load(packaged_ranks("smollm2-draft"))
     searched, held_out = (table.select(lambda i, side=side: i % 2 == side) for side in (direction, 1 - direction))
-    for size in (4, 16, 24, 64):
+    for size in (2, 4, 6, 8, 12, 16, 24, 32, 48, 64):
         trees = [SEARCHES[name](searched, size, Limits()) for name in ("independent", "joint", "walk")]
         independent, joint, walk = (rounds.sum() for rounds in rounds_by_sequence(held_out, trees))
         assert joint <= independent

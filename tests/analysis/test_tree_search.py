@@ -66,13 +66,49 @@ def test_optimise_saves_the_best_tree(ranks, tmp_path, capsys):
     assert main(["tree", "optimise", "--ranks", str(ranks), "--round-times", str(times), "--save", str(file)]) == 0
     assert sj.Tree.load(file).size == 2
     assert sj.Tree.load(file).provenance["round_times"]["nodes"] == [1, 2, 3]
-    capsys.readouterr()
+    assert "No tree pays" not in capsys.readouterr().out
     small = ["--max-depth", "1", "--max-branching", "1", "--round-times", str(times)]
     assert main(["tree", "optimise", "--ranks", str(ranks), *small]) == 0
     assert "left out [3] nodes: the limits allow 2" in capsys.readouterr().out
     limited = ["tree", "optimise", "--ranks", str(ranks), "--nodes", "4", "--max-branching", "4", "--max-depth", "1"]
     assert main([*limited, "--search", "sequoia", "--save", str(file)]) == 0
     assert sj.Tree.load(file).max_depth == 1
+
+
+def test_optimise_says_when_no_tree_pays_and_refuses_times_of_another_dtype(ranks, tmp_path, capsys):
+    times = tmp_path / "result.json"
+    rows = [{"nodes": n, "milliseconds": {"median": ms}} for n, ms in ((1, 10.0), (2, 90.0))]
+    times.write_text(json.dumps({"rows": rows}))
+    command = ["tree", "optimise", "--ranks", str(ranks), "--round-times", str(times)]
+    assert main(command) == 0
+    assert "No tree pays here" in capsys.readouterr().out
+    times.write_text(json.dumps({"rows": rows, "config": {"dtype": "bfloat16"}}))
+    for one in (command, ["tree", "simulate", "--ranks", str(ranks), "chain:1", "--round-times", str(times)]):
+        assert main(one) == 2
+        assert "timed in bfloat16, the ranks measured in float32" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "message"), [(["--cap", "0"], "cap is 0"), (["--typical-temperature", "0"], "typical_temperature is 0")]
+)
+def test_measure_refuses_before_it_answers(checkpoint, prompts, tmp_path, capsys, monkeypatch, option, message):
+    monkeypatch.setattr("specjax.analysis.texts.greedy_answers", lambda *args, **more: pytest.fail("answered"))
+    command = ["tree", "measure", "--model", str(checkpoint), "--heads", str(checkpoint / "heads")]
+    assert main([*command, "--prompts", str(prompts), "--save", str(tmp_path / "t.npz"), *option]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_table_goes_to_a_folder_that_is_not_there_yet(checkpoint, prompts, tmp_path):
+    command = ["tree", "measure", "--model", str(checkpoint), "--heads", str(checkpoint / "heads")]
+    file = tmp_path / "new" / "t.npz"
+    assert main([*command, "--prompts", str(prompts), "--max-new-tokens", "4", "--save", str(file)]) == 0
+    assert len(RankTable.load(file).lengths) == 4
+
+
+def test_bench_refuses_sizes_that_do_not_rise(checkpoint, tmp_path, capsys):
+    command = ["bench", "--model", str(checkpoint), "--heads", str(checkpoint / "heads"), "--sizes", "1", "4", "4"]
+    assert main([*command, "--output-dir", str(tmp_path)]) == 2
+    assert "each must be above the one before" in capsys.readouterr().err
 
 
 def test_a_tree_saved_by_name_is_simulated_and_shown_by_name(ranks, tmp_path, capsys, monkeypatch):
@@ -178,6 +214,16 @@ def test_the_experiment_chooses_and_checks_a_tree(checkpoint, prompts, ranks, tm
     )  # fmt: skip
     result = config.run(tmp_path, Console())
     json.dumps(result)
+    # The error on text of the same kind, by hand: searched on the even texts and checked on the odd ones, and back.
+    halves = [RankTable.load(ranks).select(lambda i, side=side: i % 2 == side) for side in (0, 1)]
+    errors = []
+    for here, there in (halves, halves[::-1]):
+        for size in (2, 3, 5):
+            tree = SEARCHES["walk"](here, size, Limits())
+            promised, found = (simulate(half, [tree])[0].tokens_per_round for half in (here, there))
+            errors.append(found / promised - 1)
+    assert result["error_on_same_kind"]["walk"]["mean"] == pytest.approx(np.mean(errors))
+    assert result["error_on_same_kind"]["walk"]["largest"] == pytest.approx(np.max(np.abs(errors)))
     # Simulated and decoded on the same texts: the same, but for the prompts that were not decoded.
     assert {row["nodes"] for row in result["rows"]} == {2, 3, 5}
     assert result["chosen_nodes"] in (2, 3, 5)
