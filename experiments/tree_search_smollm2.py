@@ -21,9 +21,9 @@ this machine). Tokens per round decoded on the 10 prompts equal the simulated on
 searched, the shipped prompts, they are 13.4% below the prediction on average, 14.9% at most; on text of the same kind,
 searched on one half of the held-out conversations and simulated on the other, both ways, 0.1% on average, 2.3% at most
 (8 nodes). The searches differ little: at 64 nodes all give 1.929 on the shipped prompts, at 48 nodes walk 1.900, joint
-1.883, independent and Sequoia 1.889: on text of another kind than searched the joint search can lose, there by 0.3%. Any
-tree of depth 4 with ranks below 32 would give 2.50. Rounds of 6 nodes cost as much as of 8, of 12 more than of 16: XLA:CPU's
-products like powers of two.
+1.883, independent and Sequoia 1.889: on text of another kind than searched the joint search can lose, there by 0.3%.
+Any tree of depth 4 with ranks below 32 would give 2.50. Rounds of 6 nodes cost as much as of 8, of 12 more than of 16:
+XLA:CPU's products like powers of two.
 """
 
 from specjax.analysis.tree_search import TreeSearch
