@@ -47,9 +47,10 @@ class TextStream:
         return "" if self.stopped else self._advance(self._until_stop(self._tokenizer.decode(self._tokens)))
 
     def _until_stop(self, text: str) -> str:
-        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+        # The one that ends first, as token by token: which it is must not depend on how rounds cut the text.
+        found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
         self.stopped = bool(found)
-        return text[: min(found)] if found else text
+        return text[: min(found)[1]] if found else text
 
     def _begun(self, text: str) -> int:
         # The length of the longest end of the text that begins a stop string.

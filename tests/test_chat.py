@@ -50,7 +50,7 @@ def test_an_incomplete_character_is_held_back_and_shown_at_the_end(bytewise):
 @pytest.mark.parametrize("seed", range(20))
 def test_stop_strings_end_the_text_however_it_is_cut(bytewise, seed):
     rng = np.random.default_rng(seed)
-    text, stops = "".join(rng.choice(list("ab\n🙂"), 60)), ("ab\n", "aab", "🙂🙂")
+    text, stops = "".join(rng.choice(list("ab\n🙂"), 60)), ("ab\n", "aab", "🙂🙂", "b\naa", "\na")
     ids = bytewise.encode(text)
     stream, shown = TextStream(bytewise, stops), ""
     for part in np.split(np.array(ids), np.sort(rng.integers(0, len(ids) + 1, 12))):
@@ -58,9 +58,10 @@ def test_stop_strings_end_the_text_however_it_is_cut(bytewise, seed):
         assert text.startswith(shown)
         assert not any(stop in shown for stop in stops)
     shown += stream.finish()
-    first = min((text.find(s) for s in stops if s in text), default=None)
+    first = min(((text.find(s) + len(s), text.find(s)) for s in stops if s in text), default=None)  # that ends first
     assert stream.stopped == (first is not None)
-    assert shown == text[:first]
+    assert shown == (text if first is None else text[: first[1]])
+    assert TextStream(bytewise, ("abc", "b")).push(bytewise.encode("abc")) == "a"  # as token by token
 
 
 def test_what_only_begins_a_stop_string_is_shown_at_the_end(bytewise):
