@@ -48,7 +48,7 @@ lint: $(VENV)/test
 # Two processes: most of the time is compilation, which uses one core. Real weights apart: tests/conftest.py says why.
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/real
-	$(BIN)/python -m pytest -n 2 tests/real
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/real
 
 bench: $(VENV)/run
 	$(BIN)/specjax run experiments/round_time_smollm2.py

@@ -11,6 +11,7 @@ Record (2 CPU cores, AMD EPYC with AVX-512 bf16, jax 0.10.2, bfloat16): 4, 8, 12
 On a Zen 4 with AVX-512 bf16, weights in today's layout: 2, 4, 8, 12, 16, 32 and 64 nodes cost 1.04, 1.15, 1.30, 1.51,
 1.69, 2.58 and 4.01 bfloat16 steps of 24.9 ms (23.2-25.0); in float32 1.32, 1.37, 1.64, 2.46, 2.19, 3.68 and 6.32 steps
 of 20.2 ms (19.4-21.7). Float32 has the faster step and bfloat16 the cheaper rounds.
+These and the earlier figures are with a cache of fewer slots than the 128 tokens that it has room for now.
 
 Without AVX-512 (Zen 3, float32) 2, 4, 8 and 16 nodes cost 1.47, 1.50, 1.96 and 2.67 steps of 21.5 ms. A step's products
 are matrix-vector ones that read the weights at 27 GB/s; those of a round are YNNPACK's (the MLP's first one reads them

@@ -7,7 +7,7 @@
 
 In float32 the output is the same, token for token; its Medusa tree is the one that this machine decodes fastest,
 chosen by timing rounds of several sizes. `ngram+medusa` adds a chain of three drafts copied from the text to four
-Medusa nodes.
+Medusa nodes; in bfloat16 it has not been measured yet.
 
 Record (2 CPU cores, AMD EPYC Zen 3, AVX2, jax 0.10.2), --prompts.per-category 3: 15 prompts of 64 tokens, median
 (min-max over prompts), against autoregressive decoding in the same dtype:
