@@ -5,6 +5,7 @@ angles and softmax are float32 throughout. Checked layer by layer against transf
 """
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from specjax.config import ModelConfig
 from specjax.params import Layer, Params
 
 PREFILL_CHUNK = 64  # prompt tokens per prefill step: one compiled step serves prompts of every length
+BLOCK = 128  # cached tokens that attention reads at a time on a CPU
 FEW_ROWS = 64  # up to here XLA:CPU's float32 products are faster with the weights on the left
 NEG_INF = -1e30  # a finite stand-in: a fully masked row stays free of NaN
 
@@ -115,33 +117,87 @@ def _rotate(x: Float[Array, "T *heads H"], cos: Float[Array, "T h"], sin: Float[
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Prefix:
+    """Cached keys and values of one layer, and which of the S slots each new token sees."""
+
+    k: Float[Array, "K H S"]
+    v: Float[Array, "K S H"]
+    mask: Bool[Array, "T S"]
+    first: Int[Array, ""]  # nobody sees a slot before this one,
+    end: Int[Array, ""]  # nor this one or a later one
+
+
 def _attention(
     q: Float[Array, "T K G H"],
     rows: tuple[Float[Array, "K H T"], Float[Array, "K T H"]],
-    prefix: tuple[Float[Array, "K H S"], Float[Array, "K S H"]] | None,
     mask: Bool[Array, "T T"],
-    prefix_mask: Bool[Array, "T S"] | None,
+    prefix: Prefix | None,
 ) -> Float[Array, "T K G H"]:
     # The prefix is read where it lies and the new rows beside it: nothing is written before it is accepted.
-    # float32 throughout: XLA:CPU has no batched bf16 product, and this is a small part of the arithmetic. matmul, not
-    # einsum: einsum may put the cache on the left, which XLA:CPU multiplies several times slower.
-    k, v = rows
     t, kv_heads, g, h = q.shape
     q = (q * h**-0.5).transpose(1, 2, 0, 3).reshape(kv_heads, g * t, h)
+    nothing = jnp.full((kv_heads, g * t, 1), NEG_INF), jnp.zeros((kv_heads, g * t, 1)), jnp.zeros((kv_heads, g * t, h))
+    mixture = _attend(q, nothing, *rows, mask)
+    if prefix is not None:
+        mixture = _attend_prefix(q, mixture, prefix)
+    _, total, mixed = mixture
+    return (mixed / total).reshape(kv_heads, g, t, h).transpose(2, 0, 1, 3)
 
-    def scores(keys: Float[Array, "K H U"], mask: Bool[Array, "T U"]) -> Float[Array, "K GT U"]:
-        return jnp.where(jnp.tile(mask, (g, 1)), jnp.matmul(q, keys), NEG_INF)
 
-    new = scores(k, mask)
-    if prefix is None or prefix_mask is None:
-        mixed = jnp.matmul(jax.nn.softmax(new, -1), v)
-    else:
-        old = scores(prefix[0], prefix_mask)
-        top = jnp.maximum(new.max(-1, keepdims=True), old.max(-1, keepdims=True))
-        new, old = jnp.exp(new - top), jnp.exp(old - top)
-        total = new.sum(-1, keepdims=True) + old.sum(-1, keepdims=True)
-        mixed = (jnp.matmul(new, v) + jnp.matmul(old, prefix[1])) / total
-    return mixed.reshape(kv_heads, g, t, h).transpose(2, 0, 1, 3)
+# What attention has gathered: the running maximum of the scores, and relative to it the sums of weights and of weighted
+# values (online softmax, Milakov & Gimelshein 2018).
+Mixture = tuple[Float[Array, "K GT 1"], Float[Array, "K GT 1"], Float[Array, "K GT H"]]
+
+
+def _attend(
+    q: Float[Array, "K GT H"], mixture: Mixture, k: Float[Array, "K H U"], v: Float[Array, "K U H"], mask: Array
+) -> Mixture:
+    # float32 throughout: XLA:CPU has no batched bf16 product, and this is a small part of the arithmetic. matmul, not
+    # einsum: einsum may put the cache on the left, which XLA:CPU multiplies several times slower.
+    scores = jnp.where(jnp.tile(mask, (q.shape[1] // mask.shape[0], 1)), jnp.matmul(q, k), NEG_INF)
+    top, total, mixed = mixture
+    new_top = jnp.maximum(top, scores.max(-1, keepdims=True))
+    kept, weights = jnp.exp(top - new_top), jnp.exp(scores - new_top)
+    return new_top, total * kept + weights.sum(-1, keepdims=True), mixed * kept + jnp.matmul(weights, v)
+
+
+def _attend_prefix(q: Float[Array, "K GT H"], mixture: Mixture, prefix: Prefix) -> Mixture:
+    """On a CPU block by block, and only those that anyone sees: a free slot would cost as much as a filled one.
+
+    On a GPU it hardly costs anything, but the loop would have to ask the device how long it is.
+    """
+    slots = prefix.v.shape[-2]
+    block = math.gcd(slots, BLOCK)
+    if slots <= BLOCK or block < BLOCK // 2:
+        return _attend(q, mixture, prefix.k, prefix.v, prefix.mask)
+
+    def step(i: Array, q: Array, mixture: Mixture, prefix: Prefix) -> Mixture:
+        k = jax.lax.dynamic_slice_in_dim(prefix.k, i * block, block, axis=2)
+        v = jax.lax.dynamic_slice_in_dim(prefix.v, i * block, block, axis=1)
+        return _attend(q, mixture, k, v, jax.lax.dynamic_slice_in_dim(prefix.mask, i * block, block, axis=1))
+
+    @jax.custom_batching.custom_vmap
+    def blocks(q: Array, mixture: Mixture, prefix: Prefix) -> Mixture:
+        first, end = prefix.first // block, -(-prefix.end // block)
+        return jax.lax.fori_loop(first, end, lambda i, mixture: step(i, q, mixture, prefix), mixture)
+
+    @blocks.def_vmap
+    def _batched(size: int, batched: list[Any], q: Array, mixture: Mixture, prefix: Prefix) -> tuple[Mixture, Any]:
+        # One loop for the whole batch, over the blocks that any member sees; to the others they add nothing. With a
+        # counter for each member, slices would be gathers.
+        axes = jax.tree.map(lambda one: 0 if one else None, batched)
+        steps = jax.vmap(step, (None, axes[0], 0, axes[2]))
+        mixture = jax.tree.map(lambda x, one: x if one else jnp.stack([x] * size), mixture, batched[1])
+        first, end = jnp.min(prefix.first) // block, -(-jnp.max(prefix.end) // block)
+        mixture = jax.lax.fori_loop(first, end, lambda i, mixture: steps(i, q, mixture, prefix), mixture)
+        return mixture, jax.tree.map(lambda _: True, mixture)
+
+    def whole(q: Array, mixture: Mixture, prefix: Prefix) -> Mixture:
+        return _attend(q, mixture, prefix.k, prefix.v, prefix.mask)
+
+    return jax.lax.platform_dependent(q, mixture, prefix, cpu=blocks, default=whole)
 
 
 def layer_forward(
@@ -150,8 +206,7 @@ def layer_forward(
     x: Float[Array, "T D"],
     tables: tuple[Float[Array, "T h"], Float[Array, "T h"]],
     mask: Bool[Array, "T T"],
-    prefix: tuple[Float[Array, "K H S"], Float[Array, "K S H"]] | None = None,
-    prefix_mask: Bool[Array, "T S"] | None = None,
+    prefix: Prefix | None = None,
     adapter: Adapter | None = None,
 ) -> tuple[Float[Array, "T D"], Float[Array, "K H T"], Float[Array, "K T H"]]:
     """One decoder layer: pre-norm attention and SwiGLU, each added to the residual stream. Gives (x, k, v)."""
@@ -170,7 +225,7 @@ def layer_forward(
         qk = _rotate(qkv[:, :, : g + 1], *tables)
         k = jnp.einsum("TKH->KHT", qk[:, :, g])
         v = jnp.einsum("TKH->KTH", qkv[:, :, g + 1])
-        x = x + product("out", "TKGH,DKGH->TD", _attention(qk[:, :, :g], (k, v), prefix, mask, prefix_mask))
+        x = x + product("out", "TKGH,DKGH->TD", _attention(qk[:, :, :g], (k, v), mask, prefix))
     with jax.named_scope("mlp"):
         h = rms_norm(x, layer.mlp_norm, config.rms_norm_eps)
         gate_up = product("gate_up", "TD,CFD->TCF", h)
@@ -218,25 +273,26 @@ def forward(
     if positions is None:
         positions = start + jnp.arange(t, dtype=jnp.int32)
     mask = jnp.asarray(np.tri(t, dtype=bool) if mask is None else mask)
-    prefix_mask = None
+    first = jnp.int32(0)
     if cache is not None:
         slots = jnp.arange(cache.capacity, dtype=jnp.int32)
         prefix_mask = jnp.broadcast_to(slots < start, (t, cache.capacity))
         if config.sliding_window is not None:
             prefix_mask &= positions[:, None] - slots < config.sliding_window
+            first = jnp.clip(jnp.min(positions) - config.sliding_window + 1, 0, start)
     if config.sliding_window is not None:
         mask &= positions[:, None] - positions < config.sliding_window
 
     x, tables = embed(params, tokens), rope_tables(config, positions)
     ks, vs, tapped = [], [], {}
     for i, layer in enumerate(params.layers):
-        prefix = None if cache is None else (cache.k[i], cache.v[i])
+        prefix = None if cache is None else Prefix(cache.k[i], cache.v[i], prefix_mask, first, start)
         with jax.named_scope(f"layer_{i}"):
             adapter = None if adapters is None else adapters[i]
             apply: Callable[..., Any] = functools.partial(layer_forward, adapter=adapter)
             if remat:
                 apply = jax.checkpoint(apply, static_argnums=1)
-            x, k, v = apply(layer, config, x, tables, mask, prefix, prefix_mask)
+            x, k, v = apply(layer, config, x, tables, mask, prefix)
         ks.append(k)
         vs.append(v)
         if i in taps:
