@@ -20,7 +20,7 @@ from jaxtyping import Array, Int
 from specjax.acceptance import Acceptance, Greedy
 from specjax.config import ModelConfig
 from specjax.drafters.base import Drafter, NoDrafter
-from specjax.errors import PromptError
+from specjax.errors import ConfigError, PromptError, check_implements
 from specjax.loading.load import Model
 from specjax.loop import State, batch_loop, loop, round_, start
 from specjax.model import PREFILL_CHUNK
@@ -149,10 +149,9 @@ def decode(
     eos_token_ids: Sequence[int] | None = None,
 ) -> State:
     """Runs a prefilled state to its end, on the device. Pass the drafter and acceptance that the prefill had."""
-    ready = (drafter or NoDrafter()).prepare(model.params)
-    return _loop(
-        model.params, model.config, ready, acceptance or Greedy(), _check_eos(model.config, eos_token_ids), state
-    )
+    drafter, acceptance = _check_rules(drafter, acceptance)
+    ready = drafter.prepare(model.params)
+    return _loop(model.params, model.config, ready, acceptance, _check_eos(model.config, eos_token_ids), state)
 
 
 def summarise(state: State) -> Generation:
@@ -189,6 +188,7 @@ def generate(
     Raises:
       PromptError: an empty or out-of-vocabulary prompt, a budget, key, stop token or capacity that is none, or
         a request beyond the model's or the draft model's context.
+      ConfigError: a drafter or an acceptance rule that lacks members of its protocol, or a class in its place.
       SpecJaxError: whatever `drafter.check` finds.
     """
     request = _check(model, [prompt_ids], drafter, acceptance, max_new_tokens, eos_token_ids, capacity)
@@ -289,9 +289,9 @@ def _check(
     eos_token_ids: Sequence[int] | None,
     capacity: int | None,
 ) -> _Request:
-    drafter, acceptance = drafter or NoDrafter(), acceptance or Greedy()
+    drafter, acceptance = _check_rules(drafter, acceptance)
     checked = [_check_prompt(prompt, model.config) for prompt in prompts]
-    if not isinstance(max_new_tokens, int | np.integer) or isinstance(max_new_tokens, bool) or max_new_tokens < 0:
+    if not _is_whole(max_new_tokens) or max_new_tokens < 0:
         raise PromptError(f"max_new_tokens is {max_new_tokens!r}; expected a whole number, 0 or more.")
     drafter.check(model)
     lengths = np.array([len(prompt) for prompt in checked], np.int32)
@@ -301,6 +301,23 @@ def _check(
     eos = _check_eos(model.config, eos_token_ids)
     plan = (model.params, model.config, drafter.prepare(model.params), acceptance, eos)
     return _Request(plan, tokens, lengths, lengths + np.int32(max_new_tokens))
+
+
+def _check_rules(drafter: Drafter | None, acceptance: Acceptance | None) -> tuple[Drafter, Acceptance]:
+    """Both, or what stands for None. A class or a half-written implementation would fail somewhere inside tracing."""
+    drafter = NoDrafter() if drafter is None else drafter
+    acceptance = Greedy() if acceptance is None else acceptance
+    check_implements(drafter, Drafter, "NgramDrafter(Tree.chain(4))")
+    check_implements(acceptance, Acceptance, "Greedy()")
+    try:
+        hash(acceptance)
+    except TypeError as error:
+        raise ConfigError(f"{acceptance!r} is not hashable; make it a frozen dataclass, as Greedy is.") from error
+    return drafter, acceptance
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def _check_prompt(prompt_ids: Sequence[int] | np.ndarray, config: ModelConfig) -> np.ndarray:
@@ -329,9 +346,11 @@ def _slots(prompt: int, new: int, drafter: Drafter, model: Model, asked: int | N
     needed = capacity_for(prompt, new, drafter.tree.max_depth)
     if asked is None:
         return max(128, 1 << (needed - 1).bit_length())
-    if asked < needed or asked % PREFILL_CHUNK:
-        raise PromptError(f"capacity is {asked}; this request needs a multiple of {PREFILL_CHUNK}, at least {needed}.")
-    return asked
+    if not _is_whole(asked) or asked < needed or asked % PREFILL_CHUNK:
+        raise PromptError(
+            f"capacity is {asked!r}; this request needs a multiple of {PREFILL_CHUNK}, at least {needed}."
+        )
+    return int(asked)
 
 
 def _check_eos(config: ModelConfig, asked: Sequence[int] | None) -> tuple[int, ...]:

@@ -1,5 +1,9 @@
 """Every error specjax raises on purpose. Each message names the value, what was expected, and the remedy."""
 
+import inspect
+import reprlib
+from typing import Any
+
 
 class SpecJaxError(Exception):
     """Base of all deliberate errors; catch this to catch them all."""
@@ -23,3 +27,24 @@ class PromptError(SpecJaxError, ValueError):
 
 class DataError(SpecJaxError, ValueError):
     """Training or evaluation data that is empty, malformed or made for another model."""
+
+
+def check_implements(value: Any, protocol: type, examples: str) -> None:
+    """Checks that an object, a user's own perhaps, has what the loop is going to call.
+
+    Raises:
+      ConfigError: a class in place of an instance, or an object without some members of the protocol.
+    """
+    name = protocol.__name__
+    if isinstance(value, type):
+        raise ConfigError(f"{value.__name__} is a class; pass an instance of it, such as {examples}.")
+    members = sorted({*vars(protocol), *inspect.get_annotations(protocol)})
+    wanted = [member for member in members if member == "__call__" or not member.startswith("_")]
+    # Statically: a property may fail for a reason of its own. A subclass of the protocol inherits its empty bodies.
+    absent = object()
+    found = {member: inspect.getattr_static(value, member, absent) for member in wanted}
+    missing = [m for m in wanted if found[m] is absent or found[m] is vars(protocol).get(m)]
+    if missing:
+        raise ConfigError(
+            f"{reprlib.repr(value)} is no {name}: it lacks {', '.join(missing)}. Pass one such as {examples}."
+        )

@@ -17,6 +17,7 @@ from specjax import cache as kv
 from specjax.acceptance import Acceptance
 from specjax.config import ModelConfig
 from specjax.drafters.base import Context, Drafter
+from specjax.errors import ConfigError
 from specjax.model import forward, read, unembed
 from specjax.params import Params
 from specjax.proposal import NO_DRAFT, Proposal
@@ -71,6 +72,7 @@ def round_(
     key, draft_key, accept_key = jax.random.split(state.key, 3)
     with jax.named_scope("draft"):
         proposal = drafter.propose(params, state.draft, state.context, draft_key)
+        proposal = _sound(proposal, state.context.root, tree.size, config.vocab_size)
         drafted = jnp.maximum(proposal.tokens, 0)  # a node without a draft holds any token; no rule accepts it
     with jax.named_scope("verify"):
         whole = functools.partial(_verify, params, config, tree, state.cache, drafted)
@@ -105,6 +107,23 @@ def round_(
         )
         draft = drafter.update(state.draft, state.context, verdict, path.shape[0])
         return dataclasses.replace(state, draft=draft)
+
+
+def _sound(proposal: Proposal, root: Int[Array, ""], size: int, vocab: int) -> Proposal:
+    """The proposal around the true root; what is no token of the target's counts as no draft, for every rule.
+
+    Raises:
+      ConfigError: a proposal for another tree or vocabulary (its shapes are static).
+    """
+    tokens, log_q = proposal.tokens, proposal.log_q
+    if tokens.shape != (size,) or (log_q is not None and log_q.shape != (size, vocab)):
+        laws = "" if log_q is None else f" and laws {log_q.shape}"
+        raise ConfigError(
+            f"the drafter proposed tokens of shape {tokens.shape}{laws}; its tree of {size} nodes and the target's "
+            f"vocabulary of {vocab} need ({size},) and ({size}, {vocab})."
+        )
+    known = (tokens >= 0) & (tokens < vocab)
+    return Proposal(jnp.where(known, tokens, NO_DRAFT).astype(jnp.int32).at[0].set(root), log_q)
 
 
 _Verified = tuple[Float[Array, "M D"], kv.Rows, Float[Array, "M V"]]

@@ -21,6 +21,8 @@ class Verdict:
 class Proposal:
     """A filled tree. `tokens[0]` is the root; `NO_DRAFT` marks a node without a guess, which is never accepted.
 
+    The loop sets the root itself, and takes ids outside the target's vocabulary for `NO_DRAFT`.
+
     `log_q[m]` is the law that node m's token was drawn from, given its earlier siblings (natural logarithm, over the
     target's vocabulary; row 0 is unused). None means a deterministic proposal: every law is one-hot.
     """

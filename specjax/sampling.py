@@ -1,7 +1,10 @@
 """Logit warpers: temperature, top-k and top-p (nucleus), in that order, as every decoding library applies them."""
 
+import math
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from specjax.errors import ConfigError
@@ -9,10 +12,12 @@ from specjax.errors import ConfigError
 
 def check(temperature: float, top_k: int | None, top_p: float) -> None:
     """Raises ConfigError when a parameter is outside its range."""
-    if not temperature > 0:
-        raise ConfigError(f"temperature is {temperature}; sampling needs a positive one (for 0 use Greedy).")
-    if top_k is not None and top_k < 1:
-        raise ConfigError(f"top_k is {top_k}; expected at least 1, or None for the whole vocabulary.")
+    if not 0 < temperature < math.inf:
+        raise ConfigError(f"temperature is {temperature}; sampling needs a positive, finite one (for 0 use Greedy).")
+    if top_k is not None and (not isinstance(top_k, int | np.integer) or isinstance(top_k, bool) or top_k < 1):
+        raise ConfigError(
+            f"top_k is {top_k!r}; expected a whole number of at least 1, or None for the whole vocabulary."
+        )
     if not 0 < top_p <= 1:
         raise ConfigError(f"top_p is {top_p}; expected 0 < top_p <= 1.")
 

@@ -94,7 +94,16 @@ def test_typical_refuses(setting, message):
 
 
 @pytest.mark.parametrize(
-    ("setting", "message"), [((0.0,), "temperature"), ((1.0, 0), "top_k"), ((1.0, None, 0.0), "top_p")]
+    ("setting", "message"),
+    [
+        ((0.0,), "temperature"),
+        ((float("inf"),), "temperature is inf"),
+        ((float("nan"),), "temperature is nan"),
+        ((1.0, 0), "top_k"),
+        ((1.0, 2.5), "top_k is 2.5"),
+        ((1.0, True), "top_k is True"),
+        ((1.0, None, 0.0), "top_p"),
+    ],
 )
 def test_sample_refuses(setting, message):
     with pytest.raises(sj.ConfigError, match=message):

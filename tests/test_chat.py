@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import tokenizers
-from conftest import tiny_model
+from conftest import noisy_heads, tiny_model
 from rich.console import Console
 
 import specjax as sj
@@ -73,11 +73,17 @@ def test_what_only_begins_a_stop_string_is_shown_at_the_end(bytewise):
         TextStream(bytewise, [""])
 
 
-@pytest.mark.parametrize("kind", ["draft", "hybrid"])
+@pytest.mark.parametrize("kind", ["medusa", "ngram", "draft", "hybrid"])
 def test_stop_strings_end_a_stream(bytewise, kind):
     model, draft = tiny_model(vocab=256, num_layers=1), tiny_model(9, vocab=256, num_layers=1)
     vanilla = sj.DraftModelDrafter(draft, sj.Tree.chain(2))
-    drafter = vanilla if kind == "draft" else sj.HybridDrafter((sj.NgramDrafter(sj.Tree.chain(3)), vanilla))
+    ngram, tree = sj.NgramDrafter(sj.Tree.chain(3)), sj.Tree.cartesian((2, 1))
+    drafter = {
+        "medusa": sj.MedusaDrafter(noisy_heads(model, 2), tree),
+        "ngram": ngram,
+        "draft": vanilla,
+        "hybrid": sj.HybridDrafter((ngram, vanilla)),
+    }[kind]
     request = {"drafter": drafter, "max_new_tokens": 40}
     whole = bytewise.decode(sj.generate(model, [3, 4], **request).tokens)
     stop = whole[12:15]

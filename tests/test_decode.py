@@ -12,9 +12,10 @@ from conftest import noisy_heads, scripted, tiny_model
 import specjax as sj
 from specjax import cache as kv
 from specjax import decode, reference
-from specjax.drafters.base import NoDrafter
+from specjax.drafters.base import Drafter, NoDrafter
 from specjax.heads import draft_projection, top_tokens
 from specjax.model import forward, unembed
+from specjax.proposal import Proposal
 
 PROMPT = np.array([7, 3, 50, 11, 4])
 TREES = [sj.Tree.preset(name) for name in sj.Tree.presets()] + [
@@ -171,8 +172,9 @@ def test_capacity_is_checked_before_tracing(model):
     assert len(sj.generate(model, PROMPT, drafter=drafter, max_new_tokens=118, capacity=128).tokens) == 118
     with pytest.raises(sj.PromptError, match="capacity is 128"):
         sj.generate(model, PROMPT, drafter=drafter, max_new_tokens=119, capacity=128)
-    with pytest.raises(sj.PromptError, match="capacity is 100"):
-        sj.generate(model, PROMPT, max_new_tokens=4, capacity=100)
+    for capacity in (100, 128.0, True):
+        with pytest.raises(sj.PromptError, match=f"capacity is {capacity}"):
+            sj.generate(model, PROMPT, max_new_tokens=4, capacity=capacity)
 
 
 @pytest.mark.parametrize(
@@ -206,6 +208,75 @@ def test_bad_requests(model):
         sj.generate(model, PROMPT, drafter=sj.MedusaDrafter(heads, sj.Tree.cartesian((62,))))
     with pytest.raises(sj.ConfigError, match="hidden size"):
         sj.generate(tiny_model(hidden_size=32), PROMPT, drafter=sj.MedusaDrafter(heads, sj.Tree.chain(1)))
+
+
+class HalfWritten(Drafter):
+    """Everything else is the protocol's own, empty."""
+
+    def check(self, target):
+        """Fits every target."""
+
+
+class Unhashable(sj.Greedy):
+    """As a dataclass that is not frozen."""
+
+    __hash__ = None
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"drafter": "ngram"}, "'ngram' is no Drafter: it lacks abstains, check, "),
+        ({"drafter": sj.NgramDrafter}, "NgramDrafter is a class; pass an instance"),
+        ({"drafter": HalfWritten()}, "lacks abstains, init, max_positions, prepare, propose, tree, update"),
+        ({"drafter": sj.HybridDrafter((sj.NgramDrafter(sj.Tree.chain(1)), "medusa"))}, "'medusa' is no Drafter"),
+        ({"acceptance": "greedy"}, "'greedy' is no Acceptance: it lacks __call__, lossless, needs_key"),
+        ({"acceptance": sj.Sample}, "Sample is a class"),
+        ({"acceptance": lambda *_: None}, "lacks lossless, needs_key"),
+    ],
+)
+def test_what_is_no_drafter_or_no_rule_is_refused(model, wrong, message):
+    state = decode.prefill(model, PROMPT, max_new_tokens=4)
+    for call in (sj.generate, sj.stream, decode.prefill, lambda model, _, **kw: decode.decode(model, state, **kw)):
+        if "Hybrid" in str(wrong) and call not in (sj.generate, sj.stream, decode.prefill):
+            continue  # a prefill has checked its parts
+        with pytest.raises(sj.ConfigError, match=message):
+            call(model, PROMPT, **wrong)
+
+
+def test_a_rule_that_cannot_be_hashed_is_refused(model):
+    rule = Unhashable()
+    with pytest.raises(sj.ConfigError, match="frozen"):
+        sj.generate(model, PROMPT, acceptance=rule)
+
+
+@pytest.mark.parametrize("acceptance", [sj.Greedy(), sj.Sample(0.9), sj.Typical(epsilon=1e-6, delta=1e-6)], ids=str)
+def test_ids_outside_the_vocabulary_are_no_drafts(model, acceptance):
+    drafter = scripted(model, PROMPT, sj.Tree.chain(2), "oracle")
+    beyond = dataclasses.replace(drafter, shift=drafter.shift + 70, vocab=jnp.int32(1000))  # the vocabulary has 61
+    request = {"acceptance": acceptance, "max_new_tokens": 12, "key": jax.random.key(3)}
+    out = sj.generate(model, PROMPT, drafter=beyond, **request)
+    assert out.accepted_per_round == 0
+    assert (out.tokens < 61).all()
+    if isinstance(acceptance, sj.Greedy):
+        np.testing.assert_array_equal(out.tokens, sj.generate(model, PROMPT, max_new_tokens=12).tokens)
+
+
+def test_a_proposal_for_another_tree_is_refused(model):
+    drafter = scripted(model, PROMPT, sj.Tree.chain(2), "oracle")
+
+    class Longer(type(drafter)):
+        """Proposes one node too many."""
+
+        def propose(self, *arguments):
+            """One more than the tree has."""
+            return Proposal(jnp.append(super().propose(*arguments).tokens, 0))
+
+    fields = ("future", "shift", "vocab")
+    jax.tree_util.register_dataclass(Longer, data_fields=fields, meta_fields=("tree",))
+    longer = Longer(drafter.future, drafter.shift, drafter.vocab, drafter.tree)
+    with pytest.raises(sj.ConfigError, match=r"tokens of shape \(4,\); its tree of 3 nodes"):
+        sj.generate(model, PROMPT, drafter=longer, max_new_tokens=4)
 
 
 @pytest.mark.parametrize("acceptance", [sj.Greedy(), sj.Sample(0.9), sj.Typical(bonus="sample")])
@@ -271,9 +342,12 @@ def test_public_entry_points_compile_once(name):
 
 
 def test_sampling_at_a_tiny_temperature_is_greedy(model):
-    heads, tree = noisy_heads(model, 2), sj.Tree.cartesian((2, 1))
+    tree = sj.Tree.cartesian((2, 1))
     base = sj.generate(model, PROMPT, max_new_tokens=30)
-    for drafter in (None, sj.MedusaDrafter(heads, tree), sj.DraftModelDrafter(tiny_model(9), tree, 1e-5)):
+    medusa, draft = sj.MedusaDrafter(noisy_heads(model, 2), tree), sj.DraftModelDrafter(tiny_model(9), tree, 1e-5)
+    ngram = sj.NgramDrafter(tree)
+    hybrids = sj.HybridDrafter((ngram, medusa)), sj.HybridDrafter((ngram, draft))
+    for drafter in (None, medusa, draft, ngram, *hybrids):
         request = {"drafter": drafter, "acceptance": sj.Sample(1e-5), "key": jax.random.key(1)}
         np.testing.assert_array_equal(sj.generate(model, PROMPT, max_new_tokens=30, **request).tokens, base.tokens)
 

@@ -78,6 +78,11 @@ class DraftModelDrafter:
           TreeError: more siblings than the draft has tokens.
         """
         size, wanted = self.draft.config.vocab_size, target.config.vocab_size
+        if self.to_draft is not None and self.to_draft.shape != (wanted,):
+            raise ConfigError(
+                f"this drafter was prepared for a target of {len(self.to_draft)} tokens, and this one has {wanted}; "
+                "make it anew, and let `generate` prepare it."
+            )
         if self.token_map is not None:
             ids = np.asarray(self.token_map)
             proposed = ids[ids >= 0]
@@ -99,6 +104,7 @@ class DraftModelDrafter:
             )
 
     def _check_tokenizers(self, target: Model) -> None:
+        """Equal tokenizers may have vocabularies padded to different sizes; without both, only equal sizes will do."""
         mine, theirs = self.draft.tokenizer, target.tokenizer
         sizes = f"{self.draft.config.vocab_size} and {target.config.vocab_size}"
         if mine is not None and theirs is not None:

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from specjax.drafters.base import Context, Drafter
-from specjax.errors import ConfigError
+from specjax.errors import ConfigError, check_implements
 from specjax.loading.load import Model
 from specjax.params import Params
 from specjax.proposal import NO_DRAFT, Proposal, Verdict
@@ -51,8 +51,9 @@ class HybridDrafter:
         return all(part.abstains for part in self.parts)
 
     def check(self, target: Model) -> None:
-        """Whatever the parts raise."""
+        """Whatever the parts raise; ConfigError when one is no drafter."""
         for part in self.parts:
+            check_implements(part, Drafter, "NgramDrafter(Tree.chain(4))")
             part.check(target)
 
     def prepare(self, target: Params) -> "HybridDrafter":

@@ -217,6 +217,13 @@ def test_more_siblings_than_tokens_are_refused():
         sj.generate(mock, [1], drafter=sj.DraftModelDrafter(mock, sj.Tree.cartesian((4,))))
 
 
+def test_a_drafter_prepared_for_another_target_is_refused(model):
+    ready = sj.DraftModelDrafter(tiny_model(9), TREE).prepare(model.params)
+    ready.check(model)
+    with pytest.raises(sj.ConfigError, match="prepared for a target of 61 tokens, and this one has 70"):
+        sj.generate(tiny_model(vocab=70), PROMPT, drafter=ready)
+
+
 def test_sampling_parameters_are_checked(model):
     with pytest.raises(sj.ConfigError, match="temperature"):
         sj.DraftModelDrafter(model, TREE, -1.0)

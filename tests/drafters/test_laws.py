@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 from conftest import noisy_heads, tiny_model
 from fast_keys import fast_key
 
@@ -19,6 +20,7 @@ import specjax as sj
 import specjax.model
 from specjax import acceptance as rules
 from specjax import decode
+from specjax.loading.tokenizer import Tokenizer
 from specjax.model import forward, unembed
 
 LENGTH, RUNS, BATCH = 4, 200_000, 4_000
@@ -40,6 +42,18 @@ def mock(vocab, seed=2):
     return tiny_model(seed, 0.25, vocab=vocab, num_layers=1, **shape)
 
 
+def worded(model, words):
+    """The model with a tokenizer: rows past its `words` are padding."""
+    vocab = {f"word{n}": n for n in range(words)}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="word0"))
+    return dataclasses.replace(model, tokenizer=Tokenizer(backend))
+
+
+def target(vocab):
+    """The target, whose tokenizer lacks its last token."""
+    return worded(mock(vocab), vocab - 1)
+
+
 def prompt(vocab):
     """With repetitions, for the n-gram drafter to find."""
     return np.array([1, 0, vocab - 1, 1])
@@ -50,10 +64,17 @@ def drafter_for(name, vocab, tree, acceptance):
     ngram = sj.NgramDrafter(tree)
     medusa = sj.MedusaDrafter(noisy_heads(mock(vocab), 3), tree)
     draft = sj.DraftModelDrafter(mock(vocab, 5), tree, acceptance.temperature, top_p=acceptance.top_p)
+    known = [token for token in reversed(range(vocab)) if token not in (1, 3)]
+    token_map = jnp.array([known[0], -1, *known[1:]])  # what it does not know it reads as its second row
+    reduced = dataclasses.replace(draft, draft=mock(len(token_map), 6), token_map=token_map)
+    padded, narrow = (dataclasses.replace(draft, draft=worded(mock(n, 5), vocab - 1)) for n in (vocab + 2, vocab - 1))
     return {
         "medusa": medusa,
         "ngram": ngram,
         "draft model": draft,
+        "reduced draft model": reduced,
+        "padded draft model": padded,
+        "narrow draft model": narrow,
         "greedy draft model": sj.DraftModelDrafter(mock(vocab, 5), tree),
         "ngram + medusa": sj.HybridDrafter((ngram, medusa)),
         "ngram + draft model": sj.HybridDrafter((ngram, draft)),
@@ -61,6 +82,7 @@ def drafter_for(name, vocab, tree, acceptance):
 
 
 DRAFTERS = ["medusa", "ngram", "draft model", "greedy draft model", "ngram + medusa", "ngram + draft model"]
+VOCABULARIES = ["reduced draft model", "padded draft model", "narrow draft model"]  # other than the target's
 
 
 @functools.cache
@@ -139,10 +161,16 @@ def assert_same_law(law, counts):
 def test_sampling_keeps_the_joint_law(name, shape, setting, vocab):
     acceptance = SETTINGS[setting]
     drafter = drafter_for(name, vocab, SHAPES[shape], acceptance)
-    drafter.check(mock(vocab))
+    drafter.check(target(vocab))
     counts, accepted = empirical_law(vocab, acceptance, drafter)
     assert_same_law(exact_law(vocab, acceptance), counts)
     assert accepted > 0.05  # drafts do get accepted
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("name", VOCABULARIES)
+def test_drafts_of_another_vocabulary_keep_the_joint_law(name, setting):
+    test_sampling_keeps_the_joint_law(name, "branching", setting, 6)
 
 
 @pytest.mark.parametrize("acceptance", [sj.Sample(top_k=4), sj.Sample(0.8, top_k=4, top_p=0.8)], ids=str)
@@ -230,9 +258,9 @@ def test_impossible_tokens_never_appear(stochastic):
 
 
 @pytest.mark.parametrize("acceptance", [sj.Sample(top_k=1), sj.Sample(top_p=1e-6)])
-@pytest.mark.parametrize("name", DRAFTERS)
+@pytest.mark.parametrize("name", [*DRAFTERS, *VOCABULARIES])
 def test_narrow_sampling_is_greedy(name, acceptance):
     drafter = drafter_for(name, 6, SHAPES["branching"], sj.Sample())
     greedy = sj.generate(mock(6), prompt(6), max_new_tokens=40)
-    out = sj.generate(mock(6), prompt(6), drafter=drafter, acceptance=acceptance, max_new_tokens=40, key=fast_key(3))
+    out = sj.generate(target(6), prompt(6), drafter=drafter, acceptance=acceptance, max_new_tokens=40, key=fast_key(3))
     np.testing.assert_array_equal(out.tokens, greedy.tokens)
