@@ -43,37 +43,41 @@ class Output:
 def dot(spec: str, x: Float[Array, "T *in"], w: Array) -> Float[Array, "T *out"]:
     """`einsum(spec, x, w)` with operands in the weights' dtype and a float32 result; fastest if w is [*out *in]."""
     x = x.astype(w.dtype)
-    if x.shape[0] == 1 and w.dtype == jnp.bfloat16:
-        return _row_dot(spec, x, w)
     operands, out = spec.split("->")
     rows, weights = operands.split(",")
-    if x.shape[0] <= FEW_ROWS and w.dtype == jnp.float32 and weights == out[1:] + rows[1:]:
-        return _few_rows_dot(x, w)
-    # Without preferred_element_type XLA:CPU runs bf16 products on that slow path too, and rounds twice.
+    if weights != out[1:] + rows[1:]:
+        return _plain_dot(spec, x, w)
+    # Flat, because of several input or output axes XLA may reorder, hence copy, those of the weights: in bfloat16 it
+    # transposed all of them at the start of every loop (100 ms for 135M parameters).
+    shape = (x.shape[0], *w.shape[: w.ndim - x.ndim + 1])
+    x = x.reshape(x.shape[0], -1)
+    w = w.reshape(-1, x.shape[1])
+    if x.shape[0] == 1 and w.dtype == jnp.bfloat16:
+        return _row_dot(x, w).reshape(shape)
+    if x.shape[0] <= FEW_ROWS and w.dtype == jnp.float32:
+        # XLA:CPU multiplies a tall matrix by a few columns up to 1.9 times as fast as a few rows by its transpose. The
+        # barrier keeps it from folding the transposition back into the product.
+        columns = jnp.einsum("OI,TI->OT", w, x)
+        return jax.lax.optimization_barrier(columns).T.reshape(shape)
+    return _plain_dot("TI,OI->TO", x, w).reshape(shape)
+
+
+def _plain_dot(spec: str, x: Array, w: Array) -> Array:
+    # Without preferred_element_type XLA:CPU runs bf16 products on a slow path, and rounds twice.
     return jnp.einsum(spec, x, w, preferred_element_type=jnp.float32)
 
 
-def _few_rows_dot(x: Float[Array, "T *in"], w: Array) -> Float[Array, "T *out"]:
-    # XLA:CPU multiplies a tall matrix by a few columns up to 1.9 times as fast as a few rows by its transpose: the
-    # weights are the left operand, and flat, because of several input axes XLA may reorder, hence copy, those of the
-    # weights. The barrier keeps it from folding the transposition back into the product.
-    rows = x.reshape(x.shape[0], -1)
-    columns = jnp.einsum("oi,Ti->oT", w.reshape(-1, rows.shape[1]), rows)
-    return jax.lax.optimization_barrier(columns).T.reshape(x.shape[0], *w.shape[: w.ndim - x.ndim + 1])
-
-
-def _row_dot(spec: str, x: Float[Array, "1 *in"], w: Array) -> Float[Array, "1 *out"]:
+def _row_dot(x: Float[Array, "1 I"], w: Float[Array, "O I"]) -> Float[Array, "1 O"]:
     # XLA:CPU has no fast bf16 matrix-vector product, one row takes several times as long as two: add an empty row.
     # Under vmap the batch supplies the rows.
     @jax.custom_batching.custom_vmap
     def product(x: Array, w: Array) -> Array:
-        return jnp.einsum(spec, jnp.concatenate([x, jnp.zeros_like(x)]), w, preferred_element_type=jnp.float32)[:1]
+        return _plain_dot("TI,OI->TO", jnp.concatenate([x, jnp.zeros_like(x)]), w)[:1]
 
     @product.def_vmap
     def _batched(size: int, batched: list[bool], x: Array, w: Array) -> tuple[Array, bool]:
         axes = tuple(0 if b else None for b in batched)
-        plain = jax.vmap(lambda x, w: jnp.einsum(spec, x, w, preferred_element_type=jnp.float32), axes)
-        return plain(x, w), True
+        return jax.vmap(lambda x, w: _plain_dot("TI,OI->TO", x, w), axes)(x, w), True
 
     return product(x, w)
 
@@ -235,7 +239,9 @@ def layer_forward(
 
 def embed(params: Params, tokens: Int[Array, "T"]) -> Float[Array, "T D"]:
     """Token embeddings, float32 (no scaling in these families)."""
-    return jnp.take(params.embed, tokens, axis=0).astype(jnp.float32)
+    # XLA:CPU widens a bfloat16 table before it gathers. Tied to the tokens, it cannot do so for all rows before a loop.
+    table, tokens = jax.lax.optimization_barrier((params.embed, tokens))
+    return jnp.take(table, tokens, axis=0).astype(jnp.float32)
 
 
 def unembed(params: Params, features: Float[Array, "T D"]) -> Float[Array, "T V"]:

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from conftest import tiny_model
 
+import specjax as sj
 import specjax.model
 from specjax import cache as kv
+from specjax import decode
 from specjax.model import BLOCK, forward, read
 
 LENGTH, SLOTS = 2 * BLOCK + 5, 4 * BLOCK
@@ -81,3 +83,15 @@ def test_any_number_of_slots():
     for slots in (75, 2 * BLOCK + 1, 2 * BLOCK + BLOCK // 2):
         odd = kv.write(kv.zeros(model.config, slots), rows, 70)
         np.testing.assert_allclose(features(model, cache), features(model, odd), atol=1e-5)
+
+
+@on_cpu
+def test_a_bfloat16_loop_copies_no_weights():
+    """XLA:CPU would transpose the weights and widen the embeddings before a loop: 273 MB for SmolLM2, and 100 ms."""
+    model = tiny_model(vocab=4096, hidden_size=64, intermediate_size=96, family="qwen2", qkv_bias=True)
+    model = dataclasses.replace(model, params=jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.params))
+    state = decode.prefill(model, [1, 2, 3], max_new_tokens=20)
+    plan = (model.params, model.config, sj.NgramDrafter(sj.Tree.chain(3)), sj.Greedy(), ())
+    compiled = jax.jit(decode.loop, static_argnums=(1, 3, 4)).lower(*plan, state).compile()
+    weights = sum(x.nbytes for x in jax.tree.leaves(model.params))
+    assert compiled.memory_analysis().temp_size_in_bytes < weights / 2
