@@ -109,6 +109,7 @@ def compare(
     *,
     max_new_tokens: int,
     repeats: int = 1,
+    seed: int = 0,
     progress: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
     """Decodes every request with every contender, alternating, and gives the `methods` records of a result.
@@ -116,6 +117,7 @@ def compare(
     Args:
       contenders: with one autoregressive contender for each dtype and temperature among them.
       repeats: timed runs per request and contender; their median counts.
+      seed: of the prompts' PRNG keys, for contenders that sample.
       progress: called after every timed run.
 
     Raises:
@@ -140,19 +142,21 @@ def compare(
     longest = max(len(r.ids) for r in requests)
     capacity = decode.capacity_for(longest, max_new_tokens, depth)
     once = functools.partial(_run, max_new_tokens=max_new_tokens, capacity=capacity)
+    # A prompt's own key, the same for all contenders; greedy ones do not use it.
+    keys = jax.random.split(jax.random.key(seed), len(requests))
     first, again = [], [0.0] * len(contenders)  # seconds for the first prompt, with compilation and without
     for contender in contenders:
         begin = time.perf_counter()
-        once(contender, requests[0])
+        once(contender, requests[0], keys[0])
         first.append(time.perf_counter() - begin)
         progress()
     runs: list[list[_Run]] = [[] for _ in contenders]
-    for request in requests:
+    for request, key in zip(requests, keys, strict=True):
         timed: list[list[_Run]] = [[] for _ in contenders]
         for _ in range(repeats):
             for i, contender in enumerate(contenders):
                 begin = time.perf_counter()
-                timed[i].append(once(contender, request))
+                timed[i].append(once(contender, request, key))
                 again[i] = again[i] or time.perf_counter() - begin
                 progress()
         for i, several in enumerate(timed):
@@ -207,7 +211,7 @@ def compare(
     return records
 
 
-def _run(contender: Contender, request: Request, *, max_new_tokens: int, capacity: int) -> _Run:
+def _run(contender: Contender, request: Request, key: jax.Array, *, max_new_tokens: int, capacity: int) -> _Run:
     drafter = contender.drafter.prepare(contender.model.params)
     state = decode.prefill(
         contender.model,
@@ -215,7 +219,7 @@ def _run(contender: Contender, request: Request, *, max_new_tokens: int, capacit
         drafter=drafter,
         acceptance=contender.acceptance,
         max_new_tokens=max_new_tokens,
-        key=jax.random.key(0),
+        key=key,
         capacity=capacity,
     )
     jax.block_until_ready(state)

@@ -57,6 +57,7 @@ class Decoding:
 
     max_new_tokens: int = 128
     repeats: int = 1
+    seed: int = 0  # where tokens are sampled
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,7 @@ class DecodeExperiment:
                 requests,
                 max_new_tokens=self.decoding.max_new_tokens,
                 repeats=self.decoding.repeats,
+                seed=self.decoding.seed,
                 progress=lambda: progress.advance(task),
             )
         result = {

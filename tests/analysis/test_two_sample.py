@@ -1,10 +1,14 @@
 """The two-sample test itself: it accepts equal laws and rejects small differences."""
 
+import json
+
 import numpy as np
 import pytest
+from rich.console import Console
 
 import specjax as sj
-from specjax.analysis.two_sample import p_value
+from specjax.analysis.two_sample import TwoSample, p_value
+from specjax.experiment import run_config
 
 
 def draws(seed, n, tilt=0.0):
@@ -28,6 +32,18 @@ def test_a_small_difference_is_rejected():
     shifted = draws(1, 20_000)
     shifted[:, 2] = shifted[:, 1]  # the marginals of the first two tokens are right
     assert p_value(draws(0, 20_000), shifted) < 1e-6
+
+
+def test_an_experiment_end_to_end(checkpoint, tmp_path):
+    experiment = TwoSample(
+        name="tiny", model=str(checkpoint), prompt="ab", drafters=(("ngram", "chain:2"), ("medusa", "cartesian:2,1")),
+        heads=str(checkpoint / "heads" / "heads.safetensors"), samples=300, length=2, batch_size=100,
+    )  # fmt: skip
+    assert run_config(experiment, tmp_path / "out", Console(quiet=True)) == 0
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert [row["drafter"] for row in result["rows"]] == ["autoregressive", "ngram", "medusa"]
+    assert all(row["p_value"] > 1e-3 for row in result["rows"])
+    assert result["distinct_continuations"] > 10
 
 
 def test_refusals():
