@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from specjax import cache as kv
@@ -18,7 +19,7 @@ from specjax.acceptance import Acceptance
 from specjax.config import ModelConfig
 from specjax.drafters.base import Context, Drafter
 from specjax.errors import ConfigError
-from specjax.model import forward, read, unembed
+from specjax.model import fast_rows, forward, read, unembed
 from specjax.params import Params
 from specjax.proposal import NO_DRAFT, Proposal
 from specjax.tree import Tree
@@ -75,7 +76,9 @@ def round_(
         proposal = _sound(proposal, state.context.root, tree.size, config.vocab_size)
         drafted = jnp.maximum(proposal.tokens, 0)  # a node without a draft holds any token; no rule accepts it
     with jax.named_scope("verify"):
-        whole = functools.partial(_verify, params, config, tree, state.cache, drafted)
+        # A batch has rows enough.
+        width = tree.size if batch_axis is not None else fast_rows(tree.size, params.dtype)
+        whole = functools.partial(_verify, params, config, tree, state.cache, drafted, width)
         if drafter.abstains and tree.size > 1:
             root = functools.partial(_verify_root, params, config, tree, state.cache, drafted)
             some = jnp.any(proposal.tokens[1:] != NO_DRAFT) & ~state.finished
@@ -129,11 +132,20 @@ def _sound(proposal: Proposal, root: Int[Array, ""], size: int, vocab: int) -> P
 _Verified = tuple[Float[Array, "M D"], kv.Rows, Float[Array, "M V"]]
 
 
-def _verify(params: Params, config: ModelConfig, tree: Tree, cache: kv.KVCache, tokens: Int[Array, "M"]) -> _Verified:
-    """Features, keys and values, and logits of all nodes: the round's target forward."""
-    positions = cache.length + tree.depths
-    out = forward(params, config, tokens, cache=cache, positions=positions, mask=tree.ancestors)
-    return out.features, out.rows, unembed(params, out.features)
+def _verify(
+    params: Params, config: ModelConfig, tree: Tree, cache: kv.KVCache, tokens: Int[Array, "M"], size: int
+) -> _Verified:
+    """Features, keys and values, and logits of all nodes: the round's target forward, over `size` rows.
+
+    Those past the tree's hold token 0, see themselves alone, and are dropped.
+    """
+    nodes, spare = tree.size, size - tree.size
+    mask = np.eye(size, dtype=bool)
+    mask[:nodes, :nodes] = tree.ancestors
+    positions = cache.length + np.pad(tree.depths, (0, spare))
+    out = forward(params, config, jnp.pad(tokens, (0, spare)), cache=cache, positions=positions, mask=mask)
+    rows = kv.Rows(tuple(k[:, :, :nodes] for k in out.rows.k), tuple(v[:, :nodes] for v in out.rows.v))
+    return out.features[:nodes], rows, unembed(params, out.features)[:nodes]
 
 
 def _verify_root(
@@ -144,7 +156,7 @@ def _verify_root(
     def padded(x: Array, axis: int) -> Array:
         return jnp.pad(x, [(0, tree.size - 1 if a == axis else 0) for a in range(x.ndim)])
 
-    features, rows, logits = _verify(params, config, Tree.chain(0), cache, tokens[:1])
+    features, rows, logits = _verify(params, config, Tree.chain(0), cache, tokens[:1], 1)
     rows = kv.Rows(tuple(padded(k, 2) for k in rows.k), tuple(padded(v, 1) for v in rows.v))
     return padded(features, 0), rows, padded(logits, 0)
 

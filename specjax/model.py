@@ -62,6 +62,14 @@ def dot(spec: str, x: Float[Array, "T *in"], w: Array) -> Float[Array, "T *out"]
     return _plain_dot("TI,OI->TO", x, w).reshape(shape)
 
 
+def fast_rows(rows: int, dtype: Any) -> int:
+    """The number of rows, at least as many, that a forward pass is fastest with.
+
+    XLA:CPU's float32 products take 1.25 times as long with 5 to 7 rows as with 8, and with 9 to 15 as with 16.
+    """
+    return rows if rows <= 4 or dtype != jnp.float32 else -(-rows // 8) * 8
+
+
 def _plain_dot(spec: str, x: Array, w: Array) -> Array:
     # Without preferred_element_type XLA:CPU runs bf16 products on a slow path, and rounds twice.
     return jnp.einsum(spec, x, w, preferred_element_type=jnp.float32)
