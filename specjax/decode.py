@@ -188,7 +188,8 @@ def generate(
     Raises:
       PromptError: an empty or out-of-vocabulary prompt, a budget, key, stop token or capacity that is none, or
         a request beyond the model's or the draft model's context.
-      ConfigError: a drafter or an acceptance rule that lacks members of its protocol, or a class in its place.
+      ConfigError: a drafter or an acceptance rule that lacks members of its protocol, or a class in its place; while
+        tracing, a drafter that proposes in other shapes than its tree and the target's vocabulary have.
       SpecJaxError: whatever `drafter.check` finds.
     """
     request = _check(model, [prompt_ids], drafter, acceptance, max_new_tokens, eos_token_ids, capacity)

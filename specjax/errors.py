@@ -44,6 +44,8 @@ def check_implements(value: Any, protocol: type, examples: str) -> None:
     absent = object()
     found = {member: inspect.getattr_static(value, member, absent) for member in wanted}
     missing = [m for m in wanted if found[m] is absent or found[m] is vars(protocol).get(m)]
+    if hasattr(type(value), "__getattr__"):  # a wrapper that hands on what it lacks
+        missing = [member for member in missing if not hasattr(value, member)]
     if missing:
         raise ConfigError(
             f"{reprlib.repr(value)} is no {name}: it lacks {', '.join(missing)}. Pass one such as {examples}."

@@ -73,12 +73,12 @@ def round_(
     key, draft_key, accept_key = jax.random.split(state.key, 3)
     with jax.named_scope("draft"):
         proposal = drafter.propose(params, state.draft, state.context, draft_key)
-        proposal = _sound(proposal, state.context.root, tree.size, config.vocab_size)
+        proposal = sound(proposal, state.context.root, tree.size, config.vocab_size)
         drafted = jnp.maximum(proposal.tokens, 0)  # a node without a draft holds any token; no rule accepts it
     with jax.named_scope("verify"):
         # A batch has rows enough.
         width = tree.size if batch_axis is not None else fast_rows(tree.size, params.dtype)
-        whole = functools.partial(_verify, params, config, tree, state.cache, drafted, width)
+        whole = functools.partial(verify, params, config, tree, state.cache, drafted, width)
         if drafter.abstains and tree.size > 1:
             root = functools.partial(_verify_root, params, config, tree, state.cache, drafted)
             some = jnp.any(proposal.tokens[1:] != NO_DRAFT) & ~state.finished
@@ -112,8 +112,8 @@ def round_(
         return dataclasses.replace(state, draft=draft)
 
 
-def _sound(proposal: Proposal, root: Int[Array, ""], size: int, vocab: int) -> Proposal:
-    """The proposal around the true root; what is no token of the target's counts as no draft, for every rule.
+def sound(proposal: Proposal, root: Int[Array, ""], size: int, vocab: int) -> Proposal:
+    """The proposal around the true root; what is no token of the target's counts as no draft.
 
     Raises:
       ConfigError: a proposal for another tree or vocabulary (its shapes are static).
@@ -132,7 +132,7 @@ def _sound(proposal: Proposal, root: Int[Array, ""], size: int, vocab: int) -> P
 _Verified = tuple[Float[Array, "M D"], kv.Rows, Float[Array, "M V"]]
 
 
-def _verify(
+def verify(
     params: Params, config: ModelConfig, tree: Tree, cache: kv.KVCache, tokens: Int[Array, "M"], size: int
 ) -> _Verified:
     """Features, keys and values, and logits of all nodes: the round's target forward, over `size` rows.
@@ -156,7 +156,7 @@ def _verify_root(
     def padded(x: Array, axis: int) -> Array:
         return jnp.pad(x, [(0, tree.size - 1 if a == axis else 0) for a in range(x.ndim)])
 
-    features, rows, logits = _verify(params, config, Tree.chain(0), cache, tokens[:1], 1)
+    features, rows, logits = verify(params, config, Tree.chain(0), cache, tokens[:1], 1)
     rows = kv.Rows(tuple(padded(k, 2) for k in rows.k), tuple(padded(v, 1) for v in rows.v))
     return padded(features, 0), rows, padded(logits, 0)
 

@@ -21,7 +21,7 @@ from specjax.params import Layer, Params
 
 PREFILL_CHUNK = 64  # prompt tokens per prefill step: one compiled step serves prompts of every length
 BLOCK = 128  # cached tokens that attention reads at a time on a CPU
-FEW_ROWS = 64  # up to here XLA:CPU's float32 products are faster with the weights on the left
+FEW_ROWS = 64  # the rows of a decoding step: up to here products are arranged for XLA:CPU
 NEG_INF = -1e30  # a finite stand-in: a fully masked row stays free of NaN
 
 Product = Literal["qkv", "out", "gate_up", "down"]
@@ -45,8 +45,8 @@ def dot(spec: str, x: Float[Array, "T *in"], w: Array) -> Float[Array, "T *out"]
     x = x.astype(w.dtype)
     operands, out = spec.split("->")
     rows, weights = operands.split(",")
-    if weights != out[1:] + rows[1:]:
-        return _plain_dot(spec, x, w)
+    if weights != out[1:] + rows[1:] or x.shape[0] > FEW_ROWS:
+        return _plain_dot(spec, x, w)  # with axes that a mesh may shard
     # Flat, because of several input or output axes XLA may reorder, hence copy, those of the weights: in bfloat16 it
     # transposed all of them at the start of every loop (100 ms for 135M parameters).
     shape = (x.shape[0], *w.shape[: w.ndim - x.ndim + 1])
@@ -54,7 +54,7 @@ def dot(spec: str, x: Float[Array, "T *in"], w: Array) -> Float[Array, "T *out"]
     w = w.reshape(-1, x.shape[1])
     if x.shape[0] == 1 and w.dtype == jnp.bfloat16:
         return _row_dot(x, w).reshape(shape)
-    if x.shape[0] <= FEW_ROWS and w.dtype == jnp.float32:
+    if w.dtype == jnp.float32:
         # XLA:CPU multiplies a tall matrix by a few columns up to 1.9 times as fast as a few rows by its transpose. The
         # barrier keeps it from folding the transposition back into the product.
         columns = jnp.einsum("OI,TI->OT", w, x)
@@ -65,9 +65,10 @@ def dot(spec: str, x: Float[Array, "T *in"], w: Array) -> Float[Array, "T *out"]
 def fast_rows(rows: int, dtype: Any) -> int:
     """The number of rows, at least as many, that a forward pass is fastest with.
 
-    XLA:CPU's float32 products take 1.25 times as long with 5 to 7 rows as with 8, and with 9 to 15 as with 16.
+    XLA:CPU's float32 products of 5 to 7 rows take 1.25 times as long as those of 8, of 9 to 15 at least 1.2 times as
+    long as of 16. Other devices do not mind a few rows more.
     """
-    return rows if rows <= 4 or dtype != jnp.float32 else -(-rows // 8) * 8
+    return -(-rows // 8) * 8 if 5 <= rows <= 16 and dtype == jnp.float32 else rows
 
 
 def _plain_dot(spec: str, x: Array, w: Array) -> Array:
@@ -271,6 +272,8 @@ def forward(
     remat: bool = False,
 ) -> Output:
     """One pass over T tokens that attend to the cached prefix and to each other; the cache is read, never written.
+
+    Without a cache it can be differentiated; a cache of more than `BLOCK` slots is read in a loop, and cannot.
 
     Args:
       params: the weights.

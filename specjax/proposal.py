@@ -24,7 +24,9 @@ class Proposal:
     The loop sets the root itself, and takes ids outside the target's vocabulary for `NO_DRAFT`.
 
     `log_q[m]` is the law that node m's token was drawn from, given its earlier siblings (natural logarithm, over the
-    target's vocabulary; row 0 is unused). None means a deterministic proposal: every law is one-hot.
+    target's vocabulary; row 0 is unused). It sums to 1 there: a draft that also says what the target cannot must be cut
+    and renormalised before it draws. Whether a node has a draft may depend on its earlier siblings alone. None means a
+    deterministic proposal: every law is one-hot.
     """
 
     tokens: Int[Array, "M"]

@@ -13,7 +13,8 @@ from specjax.acceptance import Greedy, top_token
 from specjax.decode import State, prefill, round_
 from specjax.drafters.base import Drafter
 from specjax.loading.load import Model
-from specjax.model import forward, unembed
+from specjax.loop import sound, verify
+from specjax.model import fast_rows
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,9 @@ def _look(params, config, drafter, eos, state):  # type: ignore[no-untyped-def]
     tree, acceptance = drafter.tree, Greedy()
     _, draft_key, accept_key = jax.random.split(state.key, 3)
     proposal = drafter.propose(params, state.draft, state.context, draft_key)
-    positions = state.cache.length + tree.depths
-    tokens = jnp.maximum(proposal.tokens, 0)
-    out = forward(params, config, tokens, cache=state.cache, positions=positions, mask=tree.ancestors)
-    logits = unembed(params, out.features)
+    proposal = sound(proposal, state.context.root, tree.size, config.vocab_size)
+    width = fast_rows(tree.size, params.dtype)
+    _, _, logits = verify(params, config, tree, state.cache, jnp.maximum(proposal.tokens, 0), width)
     verdict = acceptance(logits, proposal, tree, accept_key)
     return proposal.tokens, top_token(logits), verdict.node, round_(params, config, drafter, acceptance, eos, state)
 

@@ -37,7 +37,8 @@ class Drafter(Protocol):
 
     The functions are traced once; `target` are the target's parameters, which some drafters share. `init`, `propose`
     and `update` are called on what `prepare` gave. Their state is a sequence's own: a batch holds one for each member.
-    What is the same for all sequences belongs into the prepared drafter.
+    What is the same for all sequences belongs into the prepared drafter. A drafter that lacks one of these members, or
+    inherits its empty body from here, is refused.
     """
 
     @property
