@@ -3,8 +3,8 @@
 specjax run experiments/ngram_vs_transformers_smollm2.py   (needs torch and transformers: `make test` installs them)
 
 Record (2 CPU cores, AMD EPYC Zen 4, jax 0.10.2, torch 2.13, transformers 5.23, float32, nothing else running; the
-result is in `records`): 10 prompts, 128 tokens, each against its own decoding without lookup, speed-ups median (min-max over
-prompts):
+result is in `records`): 10 prompts, 128 tokens, each against its own decoding without lookup, speed-ups median (min-max
+over prompts):
 
     drafts   tokens per forward    speed-up
              n-grams   theirs      n-grams            theirs
