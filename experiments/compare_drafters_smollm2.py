@@ -2,8 +2,9 @@
 
     specjax run experiments/compare_drafters_smollm2.py
 
-Record (2 CPU cores, AMD EPYC Zen 3, AVX2, jax 0.10.2, float32, nothing else running): 20 prompts of 64 tokens, four of
-each category, 15 minutes. Tokens per round (accepted: one less) and speed-up, median (min-max over prompts); all greedy
+Record of an earlier state, whose attention read free slots of the cache and drew with one PRNG key for all prompts
+(2 CPU cores, AMD EPYC Zen 3, AVX2, jax 0.10.2, float32, nothing else running): 20 prompts of 64 tokens, four of each
+category, 15 minutes. Tokens per round (accepted: one less) and speed-up, median (min-max over prompts); all greedy
 outputs are the same as without a drafter (20 of 20 each):
 
     drafter        nodes   T = 0                    T = 0.7                  T = 1
