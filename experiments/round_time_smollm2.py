@@ -12,8 +12,8 @@ Record (2 CPU cores, AMD EPYC Zen 4 with AVX-512 bf16, jax 0.10.2, nothing else 
     float32    1.00  1.29  1.38  1.67  2.20  2.23  3.70  6.23   steps of 20.5 ms (20.0-22.6)
 
 Before bfloat16 loops stopped copying the weights (100 ms a call) and attention reading free slots of the cache, its
-step took 24.9 ms and 8 nodes 1.30 of them: the step has gained more than the round. Float32 products of 12 rows are as
-slow as those of 16, so that 12 nodes take 16 rows.
+step took 24.9 ms and 8 nodes 1.30 of them: the step has gained more than the round. Float32 products of 12 rows are
+slower than those of 16, so that 12 nodes take 16 rows.
 
 Without AVX-512 (Zen 3, float32, an earlier state) 2, 4, 8 and 16 nodes cost 1.47, 1.50, 1.96 and 2.67 steps of 21.5
 ms. A step's products are matrix-vector ones that read the weights at 27 GB/s; those of a round are YNNPACK's (the

@@ -66,7 +66,7 @@ def fast_rows(rows: int, dtype: Any) -> int:
     """The number of rows, at least as many, that a forward pass is fastest with.
 
     XLA:CPU's float32 products of 5 to 7 rows take 1.25 times as long as those of 8, of 9 to 15 at least 1.2 times as
-    long as of 16. Other devices do not mind a few rows more.
+    long as of 16. On other devices the rows are added too, and what they cost there has not been measured.
     """
     return -(-rows // 8) * 8 if 5 <= rows <= 16 and dtype == jnp.float32 else rows
 
@@ -179,7 +179,7 @@ def _attend(
 def _attend_prefix(q: Float[Array, "K GT H"], mixture: Mixture, prefix: Prefix) -> Mixture:
     """On a CPU block by block, and only those that anyone sees: a free slot would cost as much as a filled one.
 
-    On a GPU it hardly costs anything, but the loop would have to ask the device how long it is.
+    Elsewhere the whole cache is read at once, so that no loop waits for its length; no GPU has been measured.
     """
     slots = prefix.v.shape[-2]
     block = math.gcd(slots, BLOCK)

@@ -79,8 +79,6 @@ class NgramDrafter:
             # A match goes on where the draft came next; elsewhere one of length 1 may begin.
             before = jnp.where(slots > 0, jnp.roll(matched[above], 1, axis=1), 0)
             matched = jnp.where((text == drafted[:, None]) & (slots < last), before + 1, 0)
-            # Without a barrier XLA computes every level from the first one again.
-            matched = jax.lax.optimization_barrier(matched)
         return Proposal(jnp.concatenate(drafts))
 
     def update(self, state: None, context: Context, verdict: Verdict, longest: int) -> None:
@@ -101,8 +99,8 @@ class NgramDrafter:
         score = jnp.where(matched >= self.min_n, matched * size + jnp.arange(size), -1)
         picked = []
         for _ in range(count):
-            best = jnp.max(score, axis=1)  # its remainder is its slot: XLA:CPU's maximum is far faster than its argmax
-            token = jnp.where(best >= 0, follower[best % size], NO_DRAFT)
+            best, at = jnp.max(score, axis=1), jnp.argmax(score, axis=1)
+            token = jnp.where(best >= 0, follower[at], NO_DRAFT)
             picked.append(token)
             score = jnp.where(follower == token[:, None], -1, score)
         return jnp.stack(picked, axis=1)
