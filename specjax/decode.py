@@ -20,7 +20,7 @@ from jaxtyping import Array, Int
 from specjax.acceptance import Acceptance, Greedy
 from specjax.config import ModelConfig
 from specjax.drafters.base import Drafter, NoDrafter
-from specjax.errors import ConfigError, PromptError, check_implements
+from specjax.errors import ConfigError, PromptError, check_implements, is_whole
 from specjax.loading.load import Model
 from specjax.loop import State, batch_loop, loop, round_, start
 from specjax.model import PREFILL_CHUNK
@@ -292,7 +292,7 @@ def _check(
 ) -> _Request:
     drafter, acceptance = _check_rules(drafter, acceptance)
     checked = [_check_prompt(prompt, model.config) for prompt in prompts]
-    if not _is_whole(max_new_tokens) or max_new_tokens < 0:
+    if not is_whole(max_new_tokens) or max_new_tokens < 0:
         raise PromptError(f"max_new_tokens is {max_new_tokens!r}; expected a whole number, 0 or more.")
     drafter.check(model)
     lengths = np.array([len(prompt) for prompt in checked], np.int32)
@@ -315,10 +315,6 @@ def _check_rules(drafter: Drafter | None, acceptance: Acceptance | None) -> tupl
     except TypeError as error:
         raise ConfigError(f"{acceptance!r} is not hashable; make it a frozen dataclass, as Greedy is.") from error
     return drafter, acceptance
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def _check_prompt(prompt_ids: Sequence[int] | np.ndarray, config: ModelConfig) -> np.ndarray:
@@ -347,7 +343,7 @@ def _slots(prompt: int, new: int, drafter: Drafter, model: Model, asked: int | N
     needed = capacity_for(prompt, new, drafter.tree.max_depth)
     if asked is None:
         return max(128, 1 << (needed - 1).bit_length())
-    if not _is_whole(asked) or asked < needed or asked % PREFILL_CHUNK:
+    if not is_whole(asked) or asked < needed or asked % PREFILL_CHUNK:
         raise PromptError(
             f"capacity is {asked!r}; this request needs a multiple of {PREFILL_CHUNK}, at least {needed}."
         )

@@ -4,6 +4,8 @@ import inspect
 import reprlib
 from typing import Any
 
+import numpy as np
+
 
 class SpecJaxError(Exception):
     """Base of all deliberate errors; catch this to catch them all."""
@@ -27,6 +29,11 @@ class PromptError(SpecJaxError, ValueError):
 
 class DataError(SpecJaxError, ValueError):
     """Training or evaluation data that is empty, malformed or made for another model."""
+
+
+def is_whole(value: Any) -> bool:
+    """Whether it is a whole number by type; a bool is not, nor is 2.0."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def check_implements(value: Any, protocol: type, examples: str) -> None:

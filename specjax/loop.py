@@ -21,7 +21,7 @@ from specjax.drafters.base import Context, Drafter
 from specjax.errors import ConfigError
 from specjax.model import fast_rows, forward, read, unembed
 from specjax.params import Params
-from specjax.proposal import NO_DRAFT, Proposal
+from specjax.proposal import NO_DRAFT, Proposal, Verdict
 from specjax.tree import Tree
 
 
@@ -62,35 +62,66 @@ def round_(
     """One round: draft, verify in one target forward, accept, commit. Pure and unbatched.
 
     On a finished state it commits nothing, so that a batch may go on until its last member is finished. The whole tree
-    is drafted and verified, shapes being static, or the root alone where nothing was drafted; what exceeds the
-    remaining budget is cut when committing.
+    is drafted and verified, shapes being static, or the smallest of `drafter.subtrees` that holds all drafts; what
+    exceeds the remaining budget is cut when committing.
 
     Args:
-      batch_axis: the name of the axis that a `vmap` of this has: the members then read their roots alone when none of
-        the unfinished ones has a draft. Without the name, `vmap` makes each of them read the tree and the root.
+      batch_axis: the name of the axis that a `vmap` of this has: the members then read one subtree, which holds the
+        drafts of all unfinished ones. Without the name, `vmap` makes each of them read every subtree.
     """
-    drafter, tree = drafter.prepare(params), drafter.tree
+    drafter = drafter.prepare(params)
+    return commit(drafter, eos, state, look(params, config, drafter, acceptance, state, batch_axis=batch_axis))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Look:
+    """What the first half of a round finds. Nodes outside the subtree that was read hold zeros."""
+
+    key: jax.Array  # for the next round
+    proposal: Proposal
+    features: Float[Array, "M D"]
+    rows: kv.Rows
+    logits: Float[Array, "M V"]
+    verdict: Verdict
+
+
+def look(
+    params: Params,
+    config: ModelConfig,
+    drafter: Drafter,
+    acceptance: Acceptance,
+    state: State,
+    *,
+    batch_axis: str | None = None,
+) -> Look:
+    """Drafts, verifies and accepts, as `round_` says; `drafter` is prepared."""
+    tree = drafter.tree
     key, draft_key, accept_key = jax.random.split(state.key, 3)
     with jax.named_scope("draft"):
         proposal = drafter.propose(params, state.draft, state.context, draft_key)
         proposal = sound(proposal, state.context.root, tree.size, config.vocab_size)
-        drafted = jnp.maximum(proposal.tokens, 0)  # a node without a draft holds any token; no rule accepts it
     with jax.named_scope("verify"):
-        # A batch has rows enough.
-        width = tree.size if batch_axis is not None else fast_rows(tree.size, params.dtype)
-        whole = functools.partial(verify, params, config, tree, state.cache, drafted, width)
-        if drafter.abstains and tree.size > 1:
-            root = functools.partial(_verify_root, params, config, tree, state.cache, drafted)
-            some = jnp.any(proposal.tokens[1:] != NO_DRAFT) & ~state.finished
-            if batch_axis is not None:
-                some = jax.lax.pmax(some.astype(jnp.int32), batch_axis) > 0
-            features, rows, logits = jax.lax.cond(some, whole, root)
-        else:
-            features, rows, logits = whole()
+        readings = _readings(drafter, params.dtype, batched=batch_axis is not None)
+        verify_nodes = functools.partial(_verify_nodes, params, config, tree, state.cache, proposal)
+        branches = [functools.partial(verify_nodes, *reading) for reading in readings]
+        # For every reading: is there a draft that it would miss?
+        away = np.array([~np.isin(np.arange(tree.size), nodes) for nodes, _ in readings])
+        misses = (jnp.any(away & (proposal.tokens != NO_DRAFT), axis=1) & ~state.finished).astype(jnp.int32)
+        if batch_axis is not None:
+            misses = jax.lax.pmax(misses, batch_axis)
+        features, rows, logits = jax.lax.switch(jnp.argmin(misses), branches)
     with jax.named_scope("accept"):
         verdict = acceptance(logits, proposal, tree, accept_key)
+    return Look(key, proposal, features, rows, logits, verdict)
+
+
+def commit(drafter: Drafter, eos: tuple[int, ...], state: State, found: Look) -> State:
+    """The second half of a round: what was accepted goes into the text and the caches."""
+    verdict = found.verdict
     with jax.named_scope("commit"):
-        path = jnp.asarray(tree.node_paths)[verdict.node]
+        drafted = jnp.maximum(found.proposal.tokens, 0)  # past the accepted ones there may be nodes without a draft
+        path = jnp.asarray(drafter.tree.node_paths)[verdict.node]
         steps = jnp.arange(path.shape[0])
         # The accepted drafts, then the target's own token; past that garbage.
         fresh = jnp.where(steps == verdict.accepted, verdict.next_token, drafted[jnp.roll(path, -1)])
@@ -101,9 +132,9 @@ def round_(
             tokens=jax.lax.dynamic_update_slice(state.tokens, fresh, (state.length,)),
             length=state.length + count,
             finished=finished,
-            cache=kv.write(state.cache, kv.gather(rows, path), count, after=verdict.next_token),
-            features=features[verdict.node],
-            key=key,
+            cache=kv.write(state.cache, kv.gather(found.rows, path), count, after=verdict.next_token),
+            features=found.features[verdict.node],
+            key=found.key,
             rounds=state.rounds + jnp.where(state.finished, 0, 1),
             accepted=state.accepted.at[state.rounds].set(count - 1),
             confirmed=jnp.minimum(verdict.accepted, count),
@@ -148,17 +179,42 @@ def verify(
     return out.features[:nodes], rows, unembed(params, out.features)[:nodes]
 
 
-def _verify_root(
-    params: Params, config: ModelConfig, tree: Tree, cache: kv.KVCache, tokens: Int[Array, "M"]
+def _readings(drafter: Drafter, dtype: Any, *, batched: bool) -> list[tuple[tuple[int, ...], int]]:
+    """The sets of nodes that a round may read, each with its number of rows: cheapest first, the whole tree last."""
+
+    def rows(nodes: tuple[int, ...]) -> int:
+        return len(nodes) if batched else fast_rows(len(nodes), dtype)  # a batch has rows enough
+
+    whole = tuple(range(drafter.tree.size))
+    found = [(whole, rows(whole))]
+    for nodes in sorted(drafter.subtrees, key=len, reverse=True):
+        if rows(nodes) < found[0][1]:  # padded to as many rows it would be one more branch for nothing
+            found.insert(0, (nodes, rows(nodes)))
+    return found
+
+
+def _verify_nodes(
+    params: Params,
+    config: ModelConfig,
+    tree: Tree,
+    cache: kv.KVCache,
+    proposal: Proposal,
+    nodes: tuple[int, ...],
+    size: int,
 ) -> _Verified:
-    """The same for the root alone, at the price of an autoregressive step; zeros stand for the other nodes."""
+    """`verify` for these nodes alone; zeros stand for the others."""
+    tokens = jnp.maximum(proposal.tokens, 0)  # a node without a draft holds any token; no rule accepts it
+    if len(nodes) == tree.size:
+        return verify(params, config, tree, cache, tokens, size)
+    where = np.array(nodes)
 
-    def padded(x: Array, axis: int) -> Array:
-        return jnp.pad(x, [(0, tree.size - 1 if a == axis else 0) for a in range(x.ndim)])
+    def spread(x: Array, axis: int) -> Array:
+        shape = (*x.shape[:axis], tree.size, *x.shape[axis + 1 :])
+        return jnp.zeros(shape, x.dtype).at[(slice(None),) * axis + (where,)].set(x)
 
-    features, rows, logits = verify(params, config, Tree.chain(0), cache, tokens[:1], 1)
-    rows = kv.Rows(tuple(padded(k, 2) for k in rows.k), tuple(padded(v, 1) for v in rows.v))
-    return padded(features, 0), rows, padded(logits, 0)
+    features, rows, logits = verify(params, config, tree.subtree(nodes), cache, tokens[where], size)
+    rows = kv.Rows(tuple(spread(k, 2) for k in rows.k), tuple(spread(v, 1) for v in rows.v))
+    return spread(features, 0), rows, spread(logits, 0)
 
 
 def _cut(

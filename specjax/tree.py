@@ -151,6 +151,19 @@ class Tree:
             most[len(path) - 1] = max(most[len(path) - 1], path[-1] + 1)
         return tuple(most)
 
+    def subtree(self, nodes: Sequence[int]) -> "Tree":
+        """These nodes alone, in their order, with their ranks.
+
+        Raises:
+          TreeError: the root or a node's parent is missing, or the nodes are not in order.
+        """
+        place = {node: i for i, node in enumerate(nodes)}
+        orphans = [node for node in nodes[1:] if self.parents[node] not in place]
+        if orphans:
+            raise TreeError(f"node {orphans[0]} is there without its parent, node {self.parents[orphans[0]]}.")
+        parents = [-1, *(place[self.parents[node]] for node in nodes[1:])]
+        return Tree(tuple(parents), tuple(self.ranks[node] for node in nodes))
+
     def _path(self, node: int) -> list[int]:
         return np.flatnonzero(self.ancestors[node]).tolist()  # ancestors come before their descendants
 

@@ -148,7 +148,7 @@ class ScriptedDrafter:
     tree: sj.Tree = field(metadata={"static": True})
 
     max_positions = None
-    abstains = False
+    subtrees = ()
 
     def check(self, config):
         """Fits every target."""

@@ -10,11 +10,11 @@ import numpy as np
 from jaxtyping import Int
 
 from specjax.acceptance import Greedy, top_token
-from specjax.decode import State, prefill, round_
+from specjax.decode import State, prefill
 from specjax.drafters.base import Drafter
 from specjax.loading.load import Model
-from specjax.loop import sound, verify
-from specjax.model import fast_rows
+from specjax.loop import commit, look
+from specjax.proposal import NO_DRAFT
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class RoundAnatomy:
     Attributes:
       before: the tokens that were committed before it, prompt included; the last is the root [length].
       drafts: the token at every node, the root's first; -1 for a node without a draft [M].
-      choices: the target's own choice after every node [M].
+      choices: the target's own choice after every node [M]; -1 for a node without a draft.
       accepted: the nodes of the accepted path, without the root.
       committed: the tokens that the round added: accepted drafts, then the target's own, cut at the end of decoding.
     """
@@ -37,15 +37,11 @@ class RoundAnatomy:
 
 
 @functools.partial(jax.jit, static_argnames=("config", "eos"))
-def _look(params, config, drafter, eos, state):  # type: ignore[no-untyped-def]
-    tree, acceptance = drafter.tree, Greedy()
-    _, draft_key, accept_key = jax.random.split(state.key, 3)
-    proposal = drafter.propose(params, state.draft, state.context, draft_key)
-    proposal = sound(proposal, state.context.root, tree.size, config.vocab_size)
-    width = fast_rows(tree.size, params.dtype)
-    _, _, logits = verify(params, config, tree, state.cache, jnp.maximum(proposal.tokens, 0), width)
-    verdict = acceptance(logits, proposal, tree, accept_key)
-    return proposal.tokens, top_token(logits), verdict.node, round_(params, config, drafter, acceptance, eos, state)
+def _round(params, config, drafter, eos, state):  # type: ignore[no-untyped-def]
+    found = look(params, config, drafter, Greedy(), state)
+    drafts = found.proposal.tokens
+    choices = jnp.where(drafts == NO_DRAFT, NO_DRAFT, top_token(found.logits))
+    return drafts, choices, found.verdict.node, commit(drafter, eos, state, found)
 
 
 def take_apart(
@@ -53,18 +49,19 @@ def take_apart(
 ) -> Iterator[RoundAnatomy]:
     """The rounds of greedy `generate`, one by one, each with what happened in it.
 
-    Slower than decoding: every round is computed twice, once to be looked at.
+    Slower than decoding: every round comes to the host.
 
     Raises:
       PromptError: what `generate` refuses about the request, and a `max_new_tokens` of 0.
       SpecJaxError: whatever `drafter.check` finds.
     """
     state: State = prefill(model, prompt_ids, drafter=drafter, max_new_tokens=max_new_tokens)
+    drafter = drafter.prepare(model.params)
     tree = drafter.tree
     while not bool(state.finished):
         length = int(state.length)
         before = np.asarray(state.tokens[:length])
-        drafts, choices, node, state = _look(model.params, model.config, drafter, model.config.eos_token_ids, state)
+        drafts, choices, node, state = _round(model.params, model.config, drafter, model.config.eos_token_ids, state)
         path = tuple(n for n in np.flatnonzero(tree.ancestors[int(node)]).tolist() if n)
         committed = np.asarray(state.tokens[length : int(state.length)])
         yield RoundAnatomy(before, np.asarray(drafts), np.asarray(choices), path, committed)

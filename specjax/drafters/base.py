@@ -52,10 +52,11 @@ class Drafter(Protocol):
         ...
 
     @property
-    def abstains(self) -> bool:
-        """Whether a whole round may come without a draft: the target then reads the root alone (static).
+    def subtrees(self) -> tuple[tuple[int, ...], ...]:
+        """Sets of nodes outside which a round may have no draft (static); each holds its nodes' parents, so the root.
 
-        In a batch it does where no member has a draft.
+        In such a round the target reads these nodes alone; in a batch, where that holds for every member. Each set is
+        a forward pass to compile. Empty: there is always a draft everywhere.
         """
         ...
 
@@ -103,9 +104,9 @@ class NoDrafter:
         """Any length."""
 
     @property
-    def abstains(self) -> bool:
+    def subtrees(self) -> tuple[tuple[int, ...], ...]:
         """There is nothing but the root anyway."""
-        return False
+        return ()
 
     def check(self, target: Model) -> None:
         """Fits every target."""

@@ -66,9 +66,9 @@ class DraftModelDrafter:
         return self.draft.config.max_positions
 
     @property
-    def abstains(self) -> bool:
-        """False: a model always has a guess."""
-        return False
+    def subtrees(self) -> tuple[tuple[int, ...], ...]:
+        """None: a model always has a guess."""
+        return ()
 
     def check(self, target: Model) -> None:
         """Checks that draft and target speak of the same tokens.

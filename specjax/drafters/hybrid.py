@@ -1,6 +1,7 @@
 """Hybrid drafting: one static tree whose branches come from different drafters."""
 
 import functools
+import itertools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -46,9 +47,15 @@ class HybridDrafter:
         return min((n for n in (part.max_positions for part in self.parts) if n is not None), default=None)
 
     @property
-    def abstains(self) -> bool:
-        """Whether all parts may."""
-        return all(part.abstains for part in self.parts)
+    def subtrees(self) -> tuple[tuple[int, ...], ...]:
+        """Every part's, beside each of the other parts' or all of their nodes."""
+        tree, places = _merge(tuple(part.tree for part in self.parts))
+        choices = [(*part.subtrees, tuple(range(part.tree.size))) for part in self.parts]
+        sets = (
+            {int(place[node]) for place, nodes in zip(places, chosen, strict=True) for node in nodes}
+            for chosen in itertools.product(*choices)
+        )
+        return tuple(dict.fromkeys(tuple(sorted(nodes)) for nodes in sets if len(nodes) < tree.size))
 
     def check(self, target: Model) -> None:
         """Whatever the parts raise; ConfigError when one is no drafter."""

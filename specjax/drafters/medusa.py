@@ -32,9 +32,9 @@ class MedusaDrafter:
     projection: Float[Array, "R D"] | None = None
 
     @property
-    def abstains(self) -> bool:
-        """False: heads always have a guess."""
-        return False
+    def subtrees(self) -> tuple[tuple[int, ...], ...]:
+        """None: heads always have a guess."""
+        return ()
 
     def check(self, target: Model) -> None:
         """Checks that heads, tree and target fit each other.

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from specjax.drafters.base import Context
-from specjax.errors import ConfigError
+from specjax.errors import ConfigError, is_whole
 from specjax.loading.load import Model
 from specjax.params import Params
 from specjax.proposal import NO_DRAFT, Proposal, Verdict
@@ -25,22 +25,28 @@ class NgramDrafter:
 
     Continuations are what followed earlier occurrences of the context's last tokens, in the prompt or in the generated
     text: those after the longest match first, the most recent of them first, each token once. A node whose context
-    occurs nowhere, or continues in too few ways, stays without a draft.
+    occurs nowhere, or continues in too few ways, stays without a draft. What follows a short match is seldom the rest
+    of the text, so a deep tree is filled after long ones alone (`reach`), and a round costs what it is likely to gain.
 
     Attributes:
       tree: the topology (static); a chain copies one earlier passage.
       max_n: matches are compared up to this many tokens back from the root.
       min_n: shorter matches propose nothing.
+      reach: how many tokens ahead to draft after a match of 1, 2, ... tokens; after longer ones, the whole tree.
 
     Raises:
-      ConfigError: not 1 <= min_n <= max_n.
+      ConfigError: not 1 <= min_n <= max_n, or a reach that is not of positive whole numbers.
     """
 
     tree: Tree = field(metadata={"static": True})
     max_n: int = field(default=3, metadata={"static": True})
     min_n: int = field(default=1, metadata={"static": True})
+    reach: tuple[int, ...] = field(default=(3, 7), metadata={"static": True})
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "reach", tuple(self.reach))
+        if not all(is_whole(depth) and depth > 0 for depth in self.reach):
+            raise ConfigError(f"reach is {self.reach}; expected positive whole numbers, or () for the whole tree.")
         if not 1 <= self.min_n <= self.max_n:
             raise ConfigError(f"min_n is {self.min_n} and max_n {self.max_n}; expected 1 <= min_n <= max_n.")
 
@@ -49,9 +55,11 @@ class NgramDrafter:
         """Any length."""
 
     @property
-    def abstains(self) -> bool:
-        """True: text that repeats nothing has no continuation to copy."""
-        return True
+    def subtrees(self) -> tuple[tuple[int, ...], ...]:
+        """The root alone, for text that repeats nothing, and the nodes within each reach."""
+        depths = sorted({0, *self.reach})
+        within = (tuple(np.flatnonzero(self.tree.depths <= depth).tolist()) for depth in depths)
+        return tuple(nodes for nodes in within if len(nodes) < self.tree.size)
 
     def check(self, target: Model) -> None:
         """Fits every target."""
@@ -70,12 +78,13 @@ class NgramDrafter:
         follower = jnp.roll(text, -1)  # follower[j] came after text[j]
         drafts = [jnp.reshape(context.root, (1,))]
         matched = self._matches(text, last)[None]  # [n S]: for the n nodes of a level, the match that ends at slot j
+        reach = self._reach(jnp.max(matched))
         for depth in range(1, tree.max_depth + 1):
             nodes = np.flatnonzero(tree.depths == depth)
             above = np.array([tree.parents[n] for n in nodes]) - np.flatnonzero(tree.depths == depth - 1)[0]
             candidates = self._distinct(matched, follower, tree.max_rank_by_depth[depth - 1])
             drafted = candidates[above, np.array([tree.ranks[n] for n in nodes])]
-            drafts.append(drafted)
+            drafts.append(jnp.where(depth <= reach, drafted, NO_DRAFT))
             # A match goes on where the draft came next; elsewhere one of length 1 may begin.
             before = jnp.where(slots > 0, jnp.roll(matched[above], 1, axis=1), 0)
             matched = jnp.where((text == drafted[:, None]) & (slots < last), before + 1, 0)
@@ -92,6 +101,10 @@ class NgramDrafter:
             running &= (jnp.roll(text, back) == jnp.take(text, last - back, mode="clip")) & (slots >= back)
             length += running
         return length
+
+    def _reach(self, longest: Int[Array, ""]) -> Int[Array, ""]:
+        # longest < min_n has no candidates anyway
+        return jnp.asarray([0, *self.reach, self.tree.max_depth])[jnp.minimum(longest, len(self.reach) + 1)]
 
     def _distinct(self, matched: Int[Array, "n S"], follower: Int[Array, "S"], count: int) -> Int[Array, "n count"]:
         # The longest match wins, then the most recent; its follower's other occurrences are out for the next rank.

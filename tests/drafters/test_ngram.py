@@ -31,21 +31,28 @@ def draft(drafter, text, slots=64):
 
 def by_search(drafter, text):
     """The same, path by path in plain Python."""
+
+    def match(context, limit, at):
+        n = 0
+        while n < limit and n <= at and text[at - n] == context[-1 - n]:
+            n += 1
+        return n
+
     tree, out = drafter.tree, [text[-1]]
+    longest = max((match(text, drafter.max_n, at) for at in range(len(text) - 1)), default=0)
+    reach = [0, *drafter.reach][longest] if longest <= len(drafter.reach) else tree.max_depth
     for node in range(1, tree.size):
         path = []
         above = tree.parents[node]
         while above > 0:
             path.insert(0, out[above])
             above = tree.parents[above]
-        if NO_DRAFT in path:
+        if NO_DRAFT in path or len(path) >= reach:
             out.append(NO_DRAFT)
             continue
         context, limit, found = [*text, *path], drafter.max_n + len(path), []
         for at in range(len(text) - 1):  # the match ends at `at`, what followed is text[at + 1]
-            n = 0
-            while n < limit and n <= at and text[at - n] == context[-1 - n]:
-                n += 1
+            n = match(context, limit, at)
             if n >= drafter.min_n:
                 found.append((n, at))
         followers = list(dict.fromkeys(text[at + 1] for _, at in sorted(found, reverse=True)))
@@ -55,9 +62,11 @@ def by_search(drafter, text):
 
 
 @pytest.mark.parametrize("tree", TREES, ids=str)
-@pytest.mark.parametrize(("min_n", "max_n"), [(1, 1), (1, 3), (2, 4)])
-def test_drafts_equal_a_plain_search(tree, min_n, max_n):
-    drafter, rng, drafted = sj.NgramDrafter(tree, max_n, min_n), np.random.default_rng(0), 0
+@pytest.mark.parametrize(
+    ("min_n", "max_n", "reach"), [(1, 1, ()), (1, 3, (3, 7)), (1, 3, (1, 2)), (2, 4, (1, 2, 1)), (1, 2, (3, 2, 4))]
+)
+def test_drafts_equal_a_plain_search(tree, min_n, max_n, reach):
+    drafter, rng, drafted = sj.NgramDrafter(tree, max_n, min_n, reach), np.random.default_rng(0), 0
     for _ in range(60):
         text = rng.integers(0, 4, rng.integers(1, 60)).tolist()
         ours = draft(drafter, text).tolist()
@@ -87,17 +96,35 @@ def test_impossible_lengths_are_refused(max_n, min_n):
         sj.NgramDrafter(sj.Tree.chain(2), max_n, min_n)
 
 
+@pytest.mark.parametrize("reach", [(0,), (3, -1), (2.5,), (True,)])
+def test_an_impossible_reach_is_refused(reach):
+    with pytest.raises(sj.ConfigError, match="expected positive whole numbers"):
+        sj.NgramDrafter(sj.Tree.chain(2), reach=reach)
+
+
+def test_the_subtrees_are_those_within_reach():
+    tree = sj.Tree.from_paths([(0,), (1,), (0, 0), (0, 0, 0), (0, 0, 0, 0)])
+    assert sj.NgramDrafter(tree, reach=(1, 3)).subtrees == ((0,), (0, 1, 2), (0, 1, 2, 3, 4))
+    assert sj.NgramDrafter(tree, reach=(4, 9)).subtrees == ((0,),)
+
+
 PROMPTS = [[5, 6, 7, 5, 6], [9, 3, 1, 9, 3, 1]]
-ABSTAINING = sj.NgramDrafter(sj.Tree.chain(3), min_n=2)
+# Reads 1, 2 or 4 nodes.
+ADAPTIVE = sj.NgramDrafter(sj.Tree.chain(3), reach=(1,))
 STATIC = (1, 3, 4)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class NeverAbstaining(sj.NgramDrafter):
+class WholeTree(sj.NgramDrafter):
     """The same drafts; the whole tree is always read."""
 
-    abstains = False
+    subtrees = ()
+
+
+def needed(drafts):
+    """How many nodes of the chain of three must be read."""
+    return {0: 1, 1: 2, 3: 4}[int(np.sum(drafts != NO_DRAFT))]
 
 
 def begin(model, drafter, acceptance, prompt, seed=1):
@@ -122,18 +149,18 @@ def widths(monkeypatch):
 
 @pytest.mark.parametrize(
     ("acceptance", "window"),
-    [(sj.Greedy(), None), (sj.Greedy(), 6), (sj.Sample(0.8), None), (sj.Typical(), None)],
+    [(sj.Greedy(), None), (sj.Greedy(), 6), (sj.Sample(0.3), None), (sj.Typical(), None)],
     ids=["greedy", "sliding window", "sample", "typical"],
 )
-def test_a_round_without_drafts_reads_the_root_alone(widths, acceptance, window):
+def test_a_round_reads_the_nodes_with_drafts_alone(widths, acceptance, window):
     """The widths of the target forwards beside what was drafted in each round, and the cache after each."""
     model = tiny_model(sliding_window=window)
-    plan = (model.params, model.config, ABSTAINING, acceptance, ())
-    state, expected = begin(model, ABSTAINING, acceptance, PROMPTS[0]), []
+    plan = (model.params, model.config, ADAPTIVE, acceptance, ())
+    state, expected = begin(model, ADAPTIVE, acceptance, PROMPTS[0]), []
     step, prefill = jax.jit(loop.round_, static_argnums=STATIC), jax.jit(read, static_argnums=1)
     while not state.finished:
-        drafts = propose(ABSTAINING, state.tokens, state.length)[1:]
-        expected.append(4 if np.any(drafts != NO_DRAFT) else 1)
+        drafts = propose(ADAPTIVE, state.tokens, state.length)[1:]
+        expected.append(needed(drafts))
         state = step(*plan, state)
         jax.effects_barrier()
         assert widths == expected
@@ -143,23 +170,23 @@ def test_a_round_without_drafts_reads_the_root_alone(widths, acceptance, window)
             np.testing.assert_allclose(ours[:, :kept], theirs[:, :kept], atol=1e-5)
         for ours, theirs in zip(state.cache.k, fresh.k, strict=True):
             np.testing.assert_allclose(ours[:, :, :kept], theirs[:, :, :kept], atol=1e-5)
-    assert {1, 4} == set(expected)
-    never = NeverAbstaining(ABSTAINING.tree, min_n=2)
-    other = begin(model, never, acceptance, PROMPTS[0])
-    whole = jax.jit(loop.loop, static_argnums=STATIC)(model.params, model.config, never, acceptance, (), other)
+    assert {1, 2, 4} == set(expected)
+    whole_tree = WholeTree(ADAPTIVE.tree, reach=(1,))
+    other = begin(model, whole_tree, acceptance, PROMPTS[0])
+    whole = jax.jit(loop.loop, static_argnums=STATIC)(model.params, model.config, whole_tree, acceptance, (), other)
     np.testing.assert_array_equal(state.tokens[:45], whole.tokens[:45])
     assert int(state.rounds) == int(whole.rounds)
     np.testing.assert_array_equal(state.accepted[: state.rounds], whole.accepted[: state.rounds])
 
 
-def test_a_batch_reads_its_roots_alone_where_no_member_has_a_draft(model, widths):
+def test_a_batch_reads_the_nodes_where_some_member_has_a_draft(model, widths):
     """One forward a round for the whole batch: a predicate for every member would make it two."""
-    states = [begin(model, ABSTAINING, sj.Greedy(), prompt) for prompt in PROMPTS]
-    plan, going, expected = (model.params, model.config, ABSTAINING, sj.Greedy(), ()), states, []
+    states = [begin(model, ADAPTIVE, sj.Greedy(), prompt) for prompt in PROMPTS]
+    plan, going, expected = (model.params, model.config, ADAPTIVE, sj.Greedy(), ()), states, []
     step = jax.jit(loop.round_, static_argnums=STATIC)
     while not all(bool(s.finished) for s in going):
-        drafts = [propose(ABSTAINING, s.tokens, s.length)[1:] for s in going if not s.finished]
-        expected.append(4 if np.any(np.array(drafts) != NO_DRAFT) else 1)
+        drafts = [propose(ADAPTIVE, s.tokens, s.length)[1:] for s in going if not s.finished]
+        expected.append(max(needed(one) for one in drafts))
         going = [step(*plan, s) for s in going]
     jax.effects_barrier()
     widths.clear()
@@ -168,13 +195,26 @@ def test_a_batch_reads_its_roots_alone_where_no_member_has_a_draft(model, widths
     jax.block_until_ready(together)
     jax.effects_barrier()
     assert widths == expected
-    assert {1, 4} == set(expected)
+    assert {1, 2, 4} == set(expected)
     for i, one in enumerate(going):
         length = int(one.length)
         np.testing.assert_array_equal(together.tokens[i, :length], one.tokens[:length])
 
 
-def test_a_hybrid_abstains_only_where_all_its_parts_do(model):
-    ngram, medusa = sj.NgramDrafter(sj.Tree.chain(1)), sj.MedusaDrafter(noisy_heads(model, 1), sj.Tree.chain(1))
-    assert sj.HybridDrafter((ngram, ngram)).abstains
-    assert not sj.HybridDrafter((ngram, medusa)).abstains
+def test_a_hybrid_reads_what_its_parts_need(model, widths):
+    """Without an n-gram draft, the Medusa nodes alone."""
+    ngram, heads = sj.NgramDrafter(sj.Tree.chain(3), min_n=2, reach=()), noisy_heads(model, 2)
+    medusa = sj.MedusaDrafter(heads, sj.Tree.from_paths([(0,), (1,), (0, 0)]))
+    both = sj.HybridDrafter((ngram, medusa))
+    assert both.subtrees == ((0, 2, 3, 5),)
+    assert both.tree.subtree((0, 2, 3, 5)) == sj.Tree.from_paths([(1,), (2,), (1, 0)])
+    out = sj.generate(model, PROMPTS[0], drafter=both, max_new_tokens=40)
+    jax.effects_barrier()
+    assert set(widths) == {4, 8}  # 7 are padded
+    alone = sj.generate(model, PROMPTS[0], max_new_tokens=40)
+    np.testing.assert_array_equal(out.tokens, alone.tokens)
+
+
+def test_two_ngram_parts_need_none_one_or_both():
+    parts = sj.NgramDrafter(sj.Tree.chain(1)), sj.NgramDrafter(sj.Tree.chain(2), min_n=2)
+    assert sj.HybridDrafter(parts).subtrees == ((0,), (0, 2, 3), (0, 1))
