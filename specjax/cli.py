@@ -70,6 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+_NGRAM = ("max_n", "min_n", "reach")
+
+
 def _model_options(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
     parser.add_argument(
         "--model", required=True, help="packaged name, Hugging Face directory or repository, .gguf file"
@@ -82,6 +85,16 @@ def _model_options(parser: argparse.ArgumentParser, max_new_tokens: int) -> None
     parser.add_argument("--heads", help="Medusa heads: packaged name, file or directory")
     parser.add_argument("--draft-model", help="packaged name, Hugging Face directory or repository, .gguf file")
     parser.add_argument("--tree", help=f"{TREE_HELP}; for a hybrid one for each part, joined by '+'")
+    parser.add_argument("--max-n", type=int, help="n-grams: the longest match (default 3)")
+    parser.add_argument("--min-n", type=int, help="n-grams: the shortest match to draft after (default 1)")
+    parser.add_argument(
+        "--reach",
+        type=int,
+        nargs="+",
+        metavar="TOKENS",
+        help="n-grams: how far to draft after a match of 1, 2, ... tokens; after longer ones, the whole tree "
+        "(default 3 7)",
+    )
     parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens)
     parser.add_argument(
         "--dtype",
@@ -124,6 +137,7 @@ def _prepare(options: argparse.Namespace) -> tuple["Model", dict[str, Any]]:
         heads=options.heads,
         draft_model=options.draft_model,
         acceptance=acceptance,
+        ngram={name: value for name in _NGRAM if (value := getattr(options, name)) is not None},
     )
     request = {"drafter": drafter, "acceptance": acceptance, "max_new_tokens": options.max_new_tokens}
     return model, request | {"key": jax.random.key(options.seed)}
@@ -137,10 +151,11 @@ def _refuse_idle(options: argparse.Namespace, drafters: list[str]) -> None:
     for option in ("typical", "tree"):
         if getattr(options, option) and drafters == ["none"]:
             raise ConfigError(f"--{option} is about drafts, but nothing drafts; {remedy}")
-    for option, user in (("heads", "medusa"), ("draft_model", "draft")):
-        if getattr(options, option) and user not in drafters:
+    users = (("heads", "medusa"), ("draft_model", "draft"), *((option, "ngram") for option in _NGRAM))
+    for option, user in users:
+        if getattr(options, option) is not None and user not in drafters:
             flag = "--" + option.replace("_", "-")
-            raise ConfigError(f"{flag} is for the drafter {user}, which --drafter {options.drafter} leaves out.")
+            raise ConfigError(f"{flag} is for the drafter {user}; --drafter {'+'.join(drafters)} leaves it out.")
     if (options.top_k is not None or options.top_p != 1.0) and (options.typical or not options.temperature):
         reason = "typical acceptance has none" if options.typical else "greedy decoding has none; set --temperature too"
         raise ConfigError(f"--top-k {options.top_k} and --top-p {options.top_p} shape sampling, but {reason}.")

@@ -49,6 +49,7 @@ class Prompts:
 
     file: str | None = None  # Spec-Bench JSONL; None: the ones that ship with specjax
     per_category: int | None = None  # the first so many of each category; None: all
+    skip: int = 0  # leaves out so many of each category before that: others than those something was chosen on
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,9 @@ class Method:
     tree: str = "auto"
     drafter: str | None = None  # as `specjax generate --drafter`; None: medusa if there are heads, otherwise none
     draft_model: str | None = None
+    max_n: int = 3  # these three are the n-gram drafter's, see there
+    min_n: int = 1
+    reach: tuple[int, ...] = (3, 7)
     temperature: float = 0.0  # 0: greedy; above: lossless sampling
     top_p: float = 1.0
     top_k: int | None = None
@@ -140,13 +144,19 @@ class DecodeExperiment:
     def _requests(self, model: Model) -> list[Request]:
         if model.tokenizer is None:
             raise PromptError(f"{self.model} has no tokenizer; an experiment over text prompts needs one.")
-        taken: dict[str, int] = {}
+        seen: dict[str, int] = {}
+        wanted = self.prompts.per_category
         requests = []
         for prompt in load_prompts(self.prompts.file):
-            taken[prompt.category] = taken.get(prompt.category, 0) + 1
-            if self.prompts.per_category is None or taken[prompt.category] <= self.prompts.per_category:
+            number = seen[prompt.category] = seen.get(prompt.category, -1) + 1
+            if self.prompts.skip <= number and (wanted is None or number < self.prompts.skip + wanted):
                 ids = model.tokenizer.apply_chat_template([{"role": "user", "content": prompt.turns[0]}])
                 requests.append(Request(tuple(ids), prompt.category))
+        if not requests:
+            raise PromptError(
+                f"skip={self.prompts.skip} leaves none of the prompts, per_category={wanted}; the largest category has "
+                f"{max(seen.values(), default=-1) + 1}."
+            )
         return requests
 
     def _contender(
@@ -167,6 +177,7 @@ class DecodeExperiment:
                 heads=method.heads,
                 draft_model=method.draft_model,
                 acceptance=method.acceptance,
+                ngram={"max_n": method.max_n, "min_n": method.min_n, "reach": method.reach},
             )
             return Contender(method.name, model, drafter or NoDrafter(), method.acceptance)
         if method.heads is None:

@@ -4,7 +4,7 @@
 after the final RMSNorm) at position t, the LM head gives t + 1, the tree's root, head 0 gives t + 2, and so on.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -100,6 +100,13 @@ class Heads:
     params: Any
     token_map: Int[Array, "R"] | None
     config: MedusaConfig = field(metadata={"static": True})
+
+    def first(self, count: int) -> "Heads":
+        """The first `count` heads alone, without the weights of the others."""
+        params = {name: x[:count] for name, x in self.params.items() if name.startswith(("kernel_", "bias_"))}
+        if self.config.projection == "full":
+            params |= {f"projection_{i}": self.params[f"projection_{i}"] for i in range(count)}
+        return replace(self, params=params, config=replace(self.config, num_heads=count))
 
 
 def init_heads(config: MedusaConfig, target: Params, token_map: np.ndarray | None = None) -> Heads:

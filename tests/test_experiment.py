@@ -80,6 +80,24 @@ def test_prompts_from_a_file(experiment, tmp_path):
     assert list(result["methods"][1]["per_category"]) == ["mine"]
 
 
+@pytest.mark.parametrize(
+    ("skip", "wanted", "left"), [(0, 2, (0, 1, 2, 3)), (1, 1, (2, 3)), (2, None, (4, 5)), (3, 1, ())]
+)
+def test_prompts_are_taken_by_category(checkpoint, tmp_path, skip, wanted, left):
+    """Prompt number n is of n + 1 words."""
+    file = tmp_path / "mine.jsonl"
+    lines = [{"question_id": n, "category": "ab"[n % 2], "turns": ["hi " * (n + 1)]} for n in range(6)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = DecodeExperiment("tiny", str(checkpoint), (), Prompts(str(file), wanted, skip))
+    model = sj.load_model(checkpoint)
+    if left:
+        ids = [model.tokenizer.apply_chat_template([{"role": "user", "content": lines[n]["turns"][0]}]) for n in left]
+        assert [request.ids for request in config._requests(model)] == list(map(tuple, ids))
+    else:
+        with pytest.raises(sj.PromptError, match="skip=3 leaves none"):
+            config._requests(model)
+
+
 @pytest.mark.parametrize("file", sorted((Path(__file__).parents[1] / "experiments").glob("*.py")), ids=lambda f: f.stem)
 def test_every_experiment_loads_and_takes_overrides(file, capsys):
     """`--help` lists its options; a nested field, or where there is none its own, can be set."""
@@ -130,7 +148,13 @@ def test_generate_prints_the_text_and_the_statistics(checkpoint, capsys):
     assert main([*command, "--temperature", "1", "--seed", "3"]) == 0
     assert capsys.readouterr().out == one
     draft = ["--draft-model", str(checkpoint)]
-    for drafter, files in (("ngram", []), ("ngram+medusa", ["--heads", heads]), ("ngram+draft", draft)):
+    tuned = ["--max-n", "4", "--min-n", "2", "--reach", "1", "2"]
+    for drafter, files in (
+        ("ngram", []),
+        ("ngram", tuned),
+        ("ngram+medusa", ["--heads", heads]),
+        ("ngram+draft", draft),
+    ):
         assert main([*command, "--drafter", drafter, *files]) == 0
         assert capsys.readouterr().out == plain.out
     stop = plain.out.strip()[3:6]
@@ -158,6 +182,9 @@ def test_generate_prints_the_text_and_the_statistics(checkpoint, capsys):
         (["--tree", "chain:2"], "--tree is about drafts"),
         (["--drafter", "ngram", "--heads", "h"], "--heads is for the drafter medusa"),
         (["--drafter", "ngram", "--draft-model", "d"], "--draft-model is for the drafter draft"),
+        (["--drafter", "draft", "--draft-model", "d", "--min-n", "0"], "--min-n is for the drafter ngram"),
+        (["--drafter", "ngram", "--reach", "3", "0"], "reach is (3, 0)"),
+        (["--drafter", "ngram", "--max-n", "1", "--min-n", "2"], "min_n is 2 and max_n 1"),
         (["--top-k", "3"], "--top-k 3"),
         (["--top-p", "0.9", "--drafter", "ngram", "--typical"], "typical acceptance has none"),
     ],

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from specjax.config import ModelConfig
+from specjax.drafters.medusa import MedusaDrafter
 from specjax.errors import ConfigError
 from specjax.heads import (
     Heads,
@@ -19,6 +20,7 @@ from specjax.heads import (
 )
 from specjax.model import unembed
 from specjax.params import init
+from specjax.tree import Tree
 
 TARGET = ModelConfig("llama", vocab_size=30, hidden_size=16, intermediate_size=24, num_layers=1, num_heads=4,
                      num_kv_heads=2, head_dim=4)  # fmt: skip
@@ -101,6 +103,29 @@ def test_training_starts_exactly_at_the_lm_head(config, projection, reduced):
         np.testing.assert_allclose(head, expected, atol=1e-6)
     if reduced is None:
         np.testing.assert_array_equal(logits, np.broadcast_to(expected, logits.shape))
+
+
+@pytest.mark.parametrize(("projection", "reduced"), KINDS)
+def test_the_first_heads_alone_give_what_they_gave(projection, reduced):
+    heads, rows = _heads(projection, reduced), jax.random.normal(jax.random.key(3), (30, 16))
+    features, two = jax.random.normal(jax.random.key(4), (5, 16)), heads.first(2)
+    assert two.config.num_heads == 2
+    assert sum(p.size for p in two.params.values()) == sum(p.size for p in heads.params.values()) * 2 // 3
+    np.testing.assert_allclose(
+        project(two, draft_projection(two, rows), features),
+        project(heads, draft_projection(heads, rows), features)[:2],
+        rtol=1e-5,
+        atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize(("depth", "left"), [(0, 1), (1, 1), (2, 2), (3, 3)])
+def test_a_prepared_drafter_keeps_the_heads_that_its_tree_reaches(depth, left):
+    target = init(jax.random.key(5), TARGET)
+    drafter = MedusaDrafter(_heads("shared", len(MAP)), Tree.chain(depth)).prepare(target)
+    assert drafter.heads.config.num_heads == left
+    assert drafter.projection.shape == (len(MAP), 16)
+    assert drafter.prepare(target).heads is drafter.heads
 
 
 def test_residual_layers_are_distinct():

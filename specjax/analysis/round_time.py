@@ -47,8 +47,8 @@ def time_rounds(
     Raises:
       PromptError: a prompt that `generate` refuses, or a capacity that is not a whole number of prefill chunks.
     """
-    ready = MedusaDrafter(heads, trees[0]).prepare(model.params)  # once: it is no part of a round
-    drafters = [replace(ready, tree=tree) for tree in trees]
+    first = MedusaDrafter(heads, trees[0]).prepare(model.params)  # before decoding: it is no part of a round
+    drafters = [replace(first, heads=heads, tree=tree).prepare(model.params) for tree in trees]
     tokens = rounds * 2
     least = capacity_for(len(prompt_ids), tokens, max((tree.max_depth for tree in trees), default=0))
     new = {"max_new_tokens": tokens, "eos_token_ids": (), "capacity": max(least, capacity or 0)}

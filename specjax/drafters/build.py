@@ -1,5 +1,8 @@
 """Drafters by name: what `--drafter` and an experiment's methods take."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax.numpy as jnp
 
 from specjax.acceptance import Acceptance, Sample
@@ -25,6 +28,7 @@ def build_drafter(
     heads: str | None = None,
     draft_model: str | None = None,
     acceptance: Acceptance | None = None,
+    ngram: Mapping[str, Any] | None = None,
 ) -> Drafter | None:
     """The drafter that `text` names, with its files loaded in the target's dtype.
 
@@ -34,6 +38,7 @@ def build_drafter(
       heads: for medusa, as in `load_heads`.
       draft_model: for draft, as in `load_draft`.
       acceptance: a draft model samples as `Sample` does, and is greedy otherwise.
+      ngram: for ngram, `NgramDrafter`'s arguments beside the tree.
 
     Raises:
       ConfigError: an unknown name, another number of trees than of parts, or heads or a draft model that are not named.
@@ -53,7 +58,8 @@ def build_drafter(
             f"the drafter {text!r} has {len(names)} parts, the tree {tree!r} {len(trees)}; give one each."
         )
     parts = [
-        _part(name, target, shape, heads, draft_model, acceptance) for name, shape in zip(names, trees, strict=True)
+        _part(name, target, shape, heads, draft_model, acceptance, ngram or {})
+        for name, shape in zip(names, trees, strict=True)
     ]
     return parts[0] if len(parts) == 1 else HybridDrafter(tuple(parts))
 
@@ -65,10 +71,11 @@ def _part(
     heads: str | None,
     draft_model: str | None,
     acceptance: Acceptance | None,
+    ngram: Mapping[str, Any],
 ) -> Drafter:
     usual, dtype = Tree.parse(DEFAULT_TREES[name]), target.params.dtype
     if name == "ngram":
-        return NgramDrafter(tree or usual)
+        return NgramDrafter(tree or usual, **ngram)
     if name == "medusa":
         if heads is None:
             raise ConfigError("the drafter medusa needs heads; name them (--heads).")

@@ -64,10 +64,13 @@ class MedusaDrafter:
         """Any length: the heads read one feature."""
 
     def prepare(self, target: Params) -> "MedusaDrafter":
-        """Restricts the target's LM head to the heads' vocabulary, once for all sequences and rounds."""
-        if self.projection is not None:
-            return self
-        return replace(self, projection=draft_projection(self.heads, target.unembedding))
+        """Leaves out the heads below the tree, and restricts the target's LM head to the heads' vocabulary."""
+        used, heads, projection = max(self.tree.max_depth, 1), self.heads, self.projection
+        if used < heads.config.num_heads:
+            heads = heads.first(used)
+        if projection is None:
+            projection = draft_projection(heads, target.unembedding)
+        return replace(self, heads=heads, projection=projection)
 
     def init(self, target: Params, context: Context) -> None:
         """No state: the heads read only the newest feature, which the loop keeps."""
