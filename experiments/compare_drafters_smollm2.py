@@ -29,16 +29,18 @@ above 1. N-grams pay on long contexts, and lose little elsewhere (0.96 at least 
 and 1): a round in which they find nothing is an autoregressive step.
 """
 
+from typing import Any
+
 from specjax.experiment import DecodeExperiment, Decoding, Method, Prompts
 
 HEADS, DRAFT = "smollm2-135m-instruct", "smollm2-draft"
-DRAFTERS = {  # name -> (drafter, tree)
-    "vanilla": ("draft", "chain:2"),
-    "draft tree": ("draft", "cartesian:3,1"),
-    "ngram": ("ngram", "chain:3"),
-    "medusa": ("medusa", "paths:0,1,2,0.0,0.1"),
-    "ngram+medusa": ("ngram+medusa", "chain:2+paths:0,1,2,0.0,0.1"),
-    "medusa+draft": ("medusa+draft", "paths:0,1,0.0+cartesian:2,1"),
+DRAFTERS: dict[str, dict[str, Any]] = {
+    "vanilla": {"drafter": "draft", "tree": "chain:2"},
+    "draft tree": {"drafter": "draft", "tree": "cartesian:3,1"},
+    "ngram": {"drafter": "ngram", "tree": "chain:7"},
+    "medusa": {"drafter": "medusa", "tree": "paths:0,1,0.0"},
+    "ngram+medusa": {"drafter": "ngram+medusa", "tree": "chain:4+paths:0,1,0.0", "min_n": 2, "reach": ()},
+    "medusa+draft": {"drafter": "medusa+draft", "tree": "paths:0,1,0.0+cartesian:2,1"},
 }
 
 
@@ -46,12 +48,10 @@ def get_config() -> DecodeExperiment:
     methods = []
     for temperature in (0.0, 0.7, 1.0):
         suffix = f"_T{temperature:g}" if temperature else ""
-        settings = {"dtype": "float32", "temperature": temperature}
-        methods.append(Method("autoregressive" + suffix, **settings))
-        methods += [
-            Method(name + suffix, heads=HEADS, tree=tree, drafter=kind, draft_model=DRAFT, **settings)
-            for name, (kind, tree) in DRAFTERS.items()
-        ]
+        common: dict[str, Any] = {"dtype": "float32", "temperature": temperature}
+        methods.append(Method("autoregressive" + suffix, **common))
+        files = {"heads": HEADS, "draft_model": DRAFT}
+        methods += [Method(name + suffix, **files, **drafter, **common) for name, drafter in DRAFTERS.items()]
     return DecodeExperiment(
         name="compare_drafters_smollm2",
         model="smollm2-135m-instruct",

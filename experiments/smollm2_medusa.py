@@ -47,11 +47,19 @@ def get_config() -> DecodeExperiment:
             Method("autoregressive", dtype="float32"),
             Method("medusa", dtype="float32", heads=heads),
             Method(
-                "ngram+medusa", dtype="float32", heads=heads, drafter="ngram+medusa", tree="chain:3+paths:0,1,2,0.0"
+                "ngram+medusa",
+                dtype="float32",
+                heads=heads,
+                drafter="ngram+medusa",
+                tree="chain:4+paths:0,1,0.0",
+                min_n=2,
+                reach=(),
             ),
             Method("autoregressive_bf16"),
             Method("medusa_bf16", heads=heads, tree="paths:0,1,2,0.0,0.1"),
-            Method("ngram+medusa_bf16", heads=heads, drafter="ngram+medusa", tree="chain:3+paths:0,1,2,0.0"),
+            Method(
+                "ngram+medusa_bf16", heads=heads, drafter="ngram+medusa", tree="chain:4+paths:0,1,2,0.0", reach=(1,)
+            ),
         ),
         prompts=Prompts(per_category=2),
         decoding=Decoding(max_new_tokens=64),
