@@ -249,6 +249,8 @@ def start(
     drafter = drafter.prepare(params)
     with jax.named_scope("prefill"):
         features, cache = read(params, config, tokens, prompt_length)
+        # Before the root is known: samples that start from one prompt then share this, `vmap` or not.
+        draft = drafter.init(params, Context(tokens, prompt_length, features))
     key, accept_key = jax.random.split(key)
     root = acceptance(unembed(params, features[None]), Proposal(tokens[:1]), Tree.chain(0), accept_key).next_token
     one = jnp.int32(1)
@@ -260,14 +262,15 @@ def start(
         finished=finished,
         cache=cache,
         features=features,
-        draft=None,
+        draft=draft,
         key=key,
         rounds=jnp.int32(0),
         accepted=jnp.zeros_like(tokens),
         confirmed=jnp.int32(0),
         prompt_length=prompt_length,
     )
-    return dataclasses.replace(state, draft=drafter.init(params, state.context))
+    zero = jnp.int32(0)
+    return dataclasses.replace(state, draft=drafter.update(draft, state.context, Verdict(zero, zero, root), 1))
 
 
 def loop(

@@ -72,14 +72,14 @@ class Drafter(Protocol):
         ...
 
     def init(self, target: Params, context: Context) -> Any:
-        """The drafter's state after the prompt."""
+        """The state after the prompt. The last token of it is `context.root` here; `update` tells the first new one."""
 
     def propose(self, target: Params, state: Any, context: Context, key: jax.Array) -> Proposal:
         """Fills the tree for the next round."""
         ...
 
     def update(self, state: Any, context: Context, verdict: Verdict, longest: int) -> Any:
-        """The state after a round.
+        """The state after a round, or after the first token.
 
         Args:
           context: already holds the newly committed tokens.

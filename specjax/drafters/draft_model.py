@@ -135,7 +135,7 @@ class DraftModelDrafter:
         return replace(self, draft=replace(self.draft, tokenizer=None), to_draft=to_draft)
 
     def init(self, target: Params, context: Context) -> DraftState:
-        """Reads the prompt and the root."""
+        """Reads the prompt."""
         features, cache = read(self.draft.params, self.draft.config, self._read_as(context.tokens), context.length)
         return DraftState(cache, features)
 
