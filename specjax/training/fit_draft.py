@@ -12,11 +12,12 @@ from rich.console import Console
 
 from specjax.bench import environment
 from specjax.config import ModelConfig
-from specjax.loading.load import load_model, save_draft
+from specjax.errors import ConfigError
+from specjax.loading.load import load_draft, load_model, save_draft
 from specjax.training.curves import save_draft_figures
 from specjax.training.data import packed_steps
 from specjax.training.distillation import Distillation, prepared
-from specjax.training.draft import DistilConfig, distil, reduced_map
+from specjax.training.draft import DistilConfig, distil, evaluate_draft, reduced_map
 from specjax.training.monitor import RunMonitor, throughput
 from specjax.training.quality import selected
 from specjax.training.trainer import frequent_tokens
@@ -95,4 +96,40 @@ class FitDraft:
             "evaluations": [entry for entry in log if "eval" in entry],
             "throughput": throughput(log),
             "figures": save_draft_figures(log, output_dir),
+        }
+
+
+@dataclass(frozen=True)
+class EvaluateDraft:
+    """How often a target takes a draft model's tokens, on text that the target makes now."""
+
+    name: str
+    model: str
+    draft: str  # a packaged name or a directory
+    data: Distillation = field(default_factory=Distillation)
+    batch_size: int = 8  # conversations
+    length: int = 256  # tokens of each that count
+
+    def run(self, output_dir: Path, console: Console) -> dict[str, Any]:
+        """Prints and gives what `evaluate_draft` finds, over all conversations of `data`, held out or not.
+
+        Raises:
+          ConfigError: a draft without a token map.
+          As `prepared`.
+        """
+        model = load_model(self.model, dtype=jnp.bfloat16)
+        draft, token_map = load_draft(self.draft)
+        if token_map is None:
+            raise ConfigError(f"{self.draft} has no token map; this evaluates drafts that FitDraft made.")
+        text = [item for part in prepared(model, self.data, console) for item in part]
+        training = DistilConfig(batch_size=self.batch_size, length=self.length)
+        found = evaluate_draft(draft.params, draft.config, model.params, np.asarray(token_map), text, training)
+        console.print(json.dumps(found))
+        return {
+            "experiment": self.name,
+            "config": asdict(self),
+            "environment": environment(),
+            "conversations": len(text),
+            "answer_tokens": sum(len(item.answer) for item in text),
+            "evaluation": found,
         }
