@@ -90,10 +90,10 @@ def _model_options(parser: argparse.ArgumentParser, max_new_tokens: int) -> None
     parser.add_argument(
         "--reach",
         type=int,
-        nargs="+",
+        nargs="*",
         metavar="TOKENS",
         help="n-grams: how far to draft after a match of 1, 2, ... tokens; after longer ones, the whole tree "
-        "(default 3 7)",
+        "(default 3 7; without numbers always the whole tree)",
     )
     parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens)
     parser.add_argument(

@@ -295,6 +295,8 @@ def _check(
     if not is_whole(max_new_tokens) or max_new_tokens < 0:
         raise PromptError(f"max_new_tokens is {max_new_tokens!r}; expected a whole number, 0 or more.")
     drafter.check(model)
+    for nodes in drafter.subtrees:
+        drafter.tree.subtree(nodes)
     lengths = np.array([len(prompt) for prompt in checked], np.int32)
     tokens = np.zeros((len(checked), _slots(int(lengths.max()), max_new_tokens, drafter, model, capacity)), np.int32)
     for row, prompt in zip(tokens, checked, strict=True):

@@ -51,6 +51,12 @@ class Prompts:
     per_category: int | None = None  # the first so many of each category; None: all
     skip: int = 0  # leaves out so many of each category before that: others than those something was chosen on
 
+    def __post_init__(self) -> None:
+        if self.skip < 0 or (self.per_category is not None and self.per_category < 1):
+            raise ConfigError(
+                f"skip is {self.skip} and per_category {self.per_category}; expected at least 0 and 1, or None for all."
+            )
+
 
 @dataclass(frozen=True)
 class Decoding:
@@ -73,13 +79,26 @@ class Method:
     tree: str = "auto"
     drafter: str | None = None  # as `specjax generate --drafter`; None: medusa if there are heads, otherwise none
     draft_model: str | None = None
-    max_n: int = 3  # these three are the n-gram drafter's, see there
-    min_n: int = 1
-    reach: tuple[int, ...] = (3, 7)
+    max_n: int | None = None  # these three are the n-gram drafter's, with its defaults
+    min_n: int | None = None
+    reach: tuple[int, ...] | None = None
     temperature: float = 0.0  # 0: greedy; above: lossless sampling
     top_p: float = 1.0
     top_k: int | None = None
     typical: bool = False  # typical acceptance at that temperature: NOT lossless
+
+    @property
+    def ngram(self) -> dict[str, Any]:
+        """What is set of the n-gram drafter's settings.
+
+        Raises:
+          ConfigError: something is, and no n-grams draft.
+        """
+        given = {"max_n": self.max_n, "min_n": self.min_n, "reach": self.reach}
+        found = {name: value for name, value in given.items() if value is not None}
+        if found and "ngram" not in (self.drafter or "").split("+"):
+            raise ConfigError(f"{self.name}: {found} is for the drafter ngram, and this one is {self.drafter!r}.")
+        return found
 
     @property
     def acceptance(self) -> Acceptance:
@@ -168,6 +187,7 @@ class DecodeExperiment:
         output_dir: Path,
         console: Console,
     ) -> Contender:
+        ngram = method.ngram
         named = method.drafter or ("none" if method.heads is None else "medusa")
         if named != "medusa" or method.tree != "auto":
             drafter = build_drafter(
@@ -177,7 +197,7 @@ class DecodeExperiment:
                 heads=method.heads,
                 draft_model=method.draft_model,
                 acceptance=method.acceptance,
-                ngram={"max_n": method.max_n, "min_n": method.min_n, "reach": method.reach},
+                ngram=ngram,
             )
             return Contender(method.name, model, drafter or NoDrafter(), method.acceptance)
         if method.heads is None:

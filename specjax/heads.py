@@ -102,7 +102,15 @@ class Heads:
     config: MedusaConfig = field(metadata={"static": True})
 
     def first(self, count: int) -> "Heads":
-        """The first `count` heads alone, without the weights of the others."""
+        """The first `count` heads alone, without the weights of the others.
+
+        Raises:
+          ConfigError: more heads than there are, or none.
+        """
+        if not 1 <= count <= self.config.num_heads:
+            raise ConfigError(
+                f"{count} of {self.config.num_heads} heads were asked for; expected at least 1 and no more."
+            )
         params = {name: x[:count] for name, x in self.params.items() if name.startswith(("kernel_", "bias_"))}
         if self.config.projection == "full":
             params |= {f"projection_{i}": self.params[f"projection_{i}"] for i in range(count)}

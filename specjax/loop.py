@@ -186,11 +186,12 @@ def _readings(drafter: Drafter, dtype: Any, *, batched: bool) -> list[tuple[tupl
         return len(nodes) if batched else fast_rows(len(nodes), dtype)  # a batch has rows enough
 
     whole = tuple(range(drafter.tree.size))
-    found = [(whole, rows(whole))]
+    found = [whole]
     for nodes in sorted(drafter.subtrees, key=len, reverse=True):
-        if rows(nodes) < found[0][1]:  # padded to as many rows it would be one more branch for nothing
-            found.insert(0, (nodes, rows(nodes)))
-    return found
+        # One that is padded to as many rows as one that holds it would be a branch for nothing.
+        if all(rows(nodes) < rows(other) for other in found if {*nodes} <= {*other}):
+            found.append(nodes)
+    return [(nodes, rows(nodes)) for nodes in sorted(found, key=rows)]
 
 
 def _verify_nodes(

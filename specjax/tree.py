@@ -157,6 +157,12 @@ class Tree:
         Raises:
           TreeError: the root or a node's parent is missing, or the nodes are not in order.
         """
+        nodes = _ints(nodes, "nodes")
+        if nodes[:1] != (0,) or list(nodes) != sorted({*nodes}) or nodes[-1] >= self.size:
+            raise TreeError(
+                f"the nodes {nodes} are no subtree; expected ascending numbers from 0, the root, to {self.size - 1} at "
+                "most, each once."
+            )
         place = {node: i for i, node in enumerate(nodes)}
         orphans = [node for node in nodes[1:] if self.parents[node] not in place]
         if orphans:

@@ -226,9 +226,9 @@ class Unhashable(sj.Greedy):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"drafter": "ngram"}, "'ngram' is no Drafter: it lacks abstains, check, "),
+        ({"drafter": "ngram"}, "'ngram' is no Drafter: it lacks check, init, "),
         ({"drafter": sj.NgramDrafter}, "NgramDrafter is a class; pass an instance"),
-        ({"drafter": HalfWritten()}, "lacks abstains, init, max_positions, prepare, propose, tree, update"),
+        ({"drafter": HalfWritten()}, "lacks init, max_positions, prepare, propose, subtrees, tree, update"),
         ({"drafter": sj.HybridDrafter((sj.NgramDrafter(sj.Tree.chain(1)), "medusa"))}, "'medusa' is no Drafter"),
         ({"acceptance": "greedy"}, "'greedy' is no Acceptance: it lacks __call__, lossless, needs_key"),
         ({"acceptance": sj.Sample}, "Sample is a class"),

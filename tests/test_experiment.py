@@ -148,7 +148,7 @@ def test_generate_prints_the_text_and_the_statistics(checkpoint, capsys):
     assert main([*command, "--temperature", "1", "--seed", "3"]) == 0
     assert capsys.readouterr().out == one
     draft = ["--draft-model", str(checkpoint)]
-    tuned = ["--max-n", "4", "--min-n", "2", "--reach", "1", "2"]
+    tuned = ["--max-n", "4", "--min-n", "2", "--reach"]
     for drafter, files in (
         ("ngram", []),
         ("ngram", tuned),
@@ -287,6 +287,20 @@ def test_the_shipped_experiments_load(file):
             assert part == "auto" or sj.Tree.parse(part).size > 1
     for method in getattr(config, "methods", ()):
         assert method.acceptance is not None
+
+
+@pytest.mark.parametrize("wrong", [{"skip": -1}, {"per_category": 0}])
+def test_impossible_choices_of_prompts_are_refused(wrong):
+    with pytest.raises(sj.ConfigError, match="expected at least 0 and 1"):
+        Prompts(**wrong)
+
+
+def test_methods_have_settings_for_ngrams():
+    assert Method("a", drafter="ngram+medusa", min_n=2, reach=()).ngram == {"min_n": 2, "reach": ()}
+    assert Method("a", drafter="ngram").ngram == {}
+    for drafter in (None, "medusa"):
+        with pytest.raises(sj.ConfigError, match="'max_n': 2} is for the drafter ngram"):
+            _ = Method("a", drafter=drafter, max_n=2).ngram
 
 
 def test_methods_say_how_they_accept():

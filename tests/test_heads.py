@@ -119,6 +119,12 @@ def test_the_first_heads_alone_give_what_they_gave(projection, reduced):
     )
 
 
+@pytest.mark.parametrize("count", [0, 4])
+def test_heads_that_are_not_there_are_refused(count):
+    with pytest.raises(ConfigError, match=f"{count} of 3 heads"):
+        _heads().first(count)
+
+
 @pytest.mark.parametrize(("depth", "left"), [(0, 1), (1, 1), (2, 2), (3, 3)])
 def test_a_prepared_drafter_keeps_the_heads_that_its_tree_reaches(depth, left):
     target = init(jax.random.key(5), TARGET)

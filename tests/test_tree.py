@@ -264,6 +264,32 @@ def test_plot(tmp_path):
         draw_tree(Tree.chain(1), edge_values=[0, 1.5])
 
 
+def test_subtrees():
+    tree = sj.Tree.from_paths([(0,), (1,), (0, 0), (0, 2), (1, 0)])
+    assert tree.subtree((0,)) == sj.Tree.chain(0)
+    assert tree.subtree(np.array([0, 2, 5])) == sj.Tree.from_paths([(1,), (1, 0)])
+    assert tree.subtree(range(6)) == tree
+
+
+@pytest.mark.parametrize(
+    ("nodes", "message"),
+    [
+        ((), "no subtree"),
+        ((1, 2), "no subtree"),
+        ((0, 2, 1), "no subtree"),
+        ((0, 1, 1), "no subtree"),
+        ((0, 1, 6), "to 5 at most"),
+        ((-1, 0), "no subtree"),
+        ((0, 1.5), "nodes"),
+        ((0, 1, 5), "node 5 is there without its parent, node 2"),
+    ],
+)
+def test_what_is_no_subtree_is_refused(nodes, message):
+    tree = sj.Tree.from_paths([(0,), (1,), (0, 0), (0, 2), (1, 0)])
+    with pytest.raises(sj.TreeError, match=message):
+        tree.subtree(nodes)
+
+
 def test_rank_paths_in_a_word():
     assert Tree.parse("paths:0,1,0.0,1.2") == Tree.from_paths([(0,), (1,), (0, 0), (1, 2)])
     with pytest.raises(TreeError, match="paths:0,x"):

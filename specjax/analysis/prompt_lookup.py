@@ -47,6 +47,7 @@ class PromptLookup:
     category: str = "long_context"
     prompts: int | None = None  # the first so many; None: all
     drafts: tuple[int, ...] = (10, 7, 5, 3)  # chains of ours, `prompt_lookup_num_tokens` of theirs
+    reach: tuple[int, ...] | None = None  # of the n-gram drafter; None: its default
     max_new_tokens: int = 128
     dtype: Literal["float32", "bfloat16"] = "float32"  # on both sides
 
@@ -106,8 +107,9 @@ class PromptLookup:
             taken, out = time.perf_counter() - begin, decode.summarise(done)
             return _Answer(out.tokens.tolist(), out.rounds, taken)
 
+        options: dict[str, Any] = {} if self.reach is None else {"reach": self.reach}
         drafters: dict[str, NgramDrafter | None] = {"ngram:0": None}
-        drafters |= {f"ngram:{n}": NgramDrafter(Tree.chain(n)) for n in self.drafts}
+        drafters |= {f"ngram:{n}": NgramDrafter(Tree.chain(n), **options) for n in self.drafts}
         return {name: lambda prompt, d=drafter: answer(prompt, d) for name, drafter in drafters.items()}  # type: ignore[misc]
 
     def _theirs(self, torch: Any, transformers: Any) -> dict[str, _Method]:

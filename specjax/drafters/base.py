@@ -19,7 +19,8 @@ class Context:
     """What a drafter may look at.
 
     `tokens[:length]` are committed; the newest of them is the root, the only one the target has not yet processed.
-    `features` is the target's final-norm hidden state at the position that predicted the root.
+    `features` is the target's final-norm hidden state at the position that predicted the root. (Not so in
+    `Drafter.init`, whose context is the prompt alone.)
     """
 
     tokens: Int[Array, "S"]
@@ -72,7 +73,10 @@ class Drafter(Protocol):
         ...
 
     def init(self, target: Params, context: Context) -> Any:
-        """The state after the prompt. The last token of it is `context.root` here; `update` tells the first new one."""
+        """The state after the prompt; `update` tells the first token that the target commits to it.
+
+        Here the target has processed all of `context.tokens[:length]`, and `features` is at the last of them.
+        """
 
     def propose(self, target: Params, state: Any, context: Context, key: jax.Array) -> Proposal:
         """Fills the tree for the next round."""
@@ -84,8 +88,8 @@ class Drafter(Protocol):
         Args:
           context: already holds the newly committed tokens.
           verdict: in this drafter's own nodes; the root where another part of a hybrid was followed.
-          longest: the most tokens that a round can commit (static): one more than the depth of the loop's tree, which
-            for a part of a hybrid may exceed its own.
+          longest: the most tokens that can have been committed (static): 1 after the prompt, and after a round one
+            more than the depth of the loop's tree, which for a part of a hybrid may exceed its own.
         """
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,9 +49,14 @@ class HybridDrafter:
 
     @property
     def subtrees(self) -> tuple[tuple[int, ...], ...]:
-        """Every part's, beside each of the other parts' or all of their nodes."""
+        """Every part's, beside each of the other parts' or all of their nodes.
+
+        Of parts with so many that there would be more than eight combinations, the first and the whole tree.
+        """
         tree, places = _merge(tuple(part.tree for part in self.parts))
         choices = [(*part.subtrees, tuple(range(part.tree.size))) for part in self.parts]
+        if math.prod(map(len, choices)) > 8:  # each is a forward pass to compile
+            choices = [(sets[0], sets[-1]) for sets in choices]
         sets = (
             {int(place[node]) for place, nodes in zip(places, chosen, strict=True) for node in nodes}
             for chosen in itertools.product(*choices)

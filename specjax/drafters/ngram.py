@@ -32,10 +32,11 @@ class NgramDrafter:
       tree: the topology (static); a chain copies one earlier passage.
       max_n: matches are compared up to this many tokens back from the root.
       min_n: shorter matches propose nothing.
-      reach: how many tokens ahead to draft after a match of 1, 2, ... tokens; after longer ones, the whole tree.
+      reach: how many tokens ahead to draft after a match of 1, 2, ... tokens; after longer ones, and in any case after
+        one of max_n tokens, the whole tree.
 
     Raises:
-      ConfigError: not 1 <= min_n <= max_n, or a reach that is not of positive whole numbers.
+      ConfigError: not 1 <= min_n <= max_n, or a reach that is no tuple of positive whole numbers.
     """
 
     tree: Tree = field(metadata={"static": True})
@@ -44,9 +45,11 @@ class NgramDrafter:
     reach: tuple[int, ...] = field(default=(3, 7), metadata={"static": True})
 
     def __post_init__(self) -> None:
+        if not isinstance(self.reach, tuple | list) or not all(is_whole(depth) and depth > 0 for depth in self.reach):
+            raise ConfigError(
+                f"reach is {self.reach!r}; expected a tuple of positive whole numbers, () for always the whole tree."
+            )
         object.__setattr__(self, "reach", tuple(self.reach))
-        if not all(is_whole(depth) and depth > 0 for depth in self.reach):
-            raise ConfigError(f"reach is {self.reach}; expected positive whole numbers, or () for the whole tree.")
         if not 1 <= self.min_n <= self.max_n:
             raise ConfigError(f"min_n is {self.min_n} and max_n {self.max_n}; expected 1 <= min_n <= max_n.")
 
@@ -57,7 +60,7 @@ class NgramDrafter:
     @property
     def subtrees(self) -> tuple[tuple[int, ...], ...]:
         """The root alone, for text that repeats nothing, and the nodes within each reach."""
-        depths = sorted({0, *self.reach})
+        depths = sorted({0, *self._reaches[self.min_n :]})
         within = (tuple(np.flatnonzero(self.tree.depths <= depth).tolist()) for depth in depths)
         return tuple(nodes for nodes in within if len(nodes) < self.tree.size)
 
@@ -78,7 +81,7 @@ class NgramDrafter:
         follower = jnp.roll(text, -1)  # follower[j] came after text[j]
         drafts = [jnp.reshape(context.root, (1,))]
         matched = self._matches(text, last)[None]  # [n S]: for the n nodes of a level, the match that ends at slot j
-        reach = self._reach(jnp.max(matched))
+        reach = jnp.asarray(self._reaches)[jnp.max(matched)]
         for depth in range(1, tree.max_depth + 1):
             nodes = np.flatnonzero(tree.depths == depth)
             above = np.array([tree.parents[n] for n in nodes]) - np.flatnonzero(tree.depths == depth - 1)[0]
@@ -102,9 +105,11 @@ class NgramDrafter:
             length += running
         return length
 
-    def _reach(self, longest: Int[Array, ""]) -> Int[Array, ""]:
-        # longest < min_n has no candidates anyway
-        return jnp.asarray([0, *self.reach, self.tree.max_depth])[jnp.minimum(longest, len(self.reach) + 1)]
+    @property
+    def _reaches(self) -> list[int]:
+        # By the length of the longest match, 0 to max_n. Below min_n nothing is drafted, whatever the reach.
+        short = [0, *self.reach][: self.max_n]
+        return short + [self.tree.max_depth] * (self.max_n + 1 - len(short))
 
     def _distinct(self, matched: Int[Array, "n S"], follower: Int[Array, "S"], count: int) -> Int[Array, "n count"]:
         # The longest match wins, then the most recent; its follower's other occurrences are out for the next rank.

@@ -21,7 +21,7 @@ CHAIN = sj.Tree.chain(1)
 TREE = sj.Tree.from_paths([(0,), (1,), (0, 0), (0, 2), (1, 0), (0, 0, 0)])
 
 
-@pytest.mark.parametrize("case", ["greedy", "sampled", "hybrid"])
+@pytest.mark.parametrize("case", ["greedy", "sampled", "hybrid", "subtrees"])
 def test_both_caches_hold_exactly_the_committed_tokens(case):
     model, draft = tiny_model(0, 0.3), tiny_model(9, 0.3, num_layers=1, family="qwen2", qkv_bias=True)
     read_anew = jax.jit(forward, static_argnums=1)
@@ -30,12 +30,15 @@ def test_both_caches_hold_exactly_the_committed_tokens(case):
     if case == "hybrid":  # whose other part is deeper, and right: the draft model must read more than its own depth
         model = tiny_model(3, 0.0)  # says one token for ever
         drafter = sj.HybridDrafter((sj.NgramDrafter(sj.Tree.chain(4)), dataclasses.replace(drafter, tree=CHAIN)))
+    if case == "subtrees":  # the target reads 3, 4 or 8 rows of them
+        ngram = sj.NgramDrafter(sj.Tree.chain(5), reach=(1,))
+        drafter = sj.HybridDrafter((ngram, dataclasses.replace(drafter, tree=sj.Tree.chain(2))))
     step = jax.jit(decode.round_, static_argnames=("config", "acceptance", "eos"))
     state = decode.prefill(
         model, PROMPT, drafter=drafter, acceptance=acceptance, max_new_tokens=30, key=jax.random.key(2)
     )
     while True:
-        drafted = state.draft[1] if case == "hybrid" else state.draft
+        drafted = state.draft[1] if isinstance(drafter, sj.HybridDrafter) else state.draft
         for cache, owner, length in (
             (state.cache, model, int(state.length) - 1),
             (drafted.cache, draft, int(state.length)),

@@ -61,7 +61,7 @@ def prompt(vocab):
 
 def drafter_for(name, vocab, tree, acceptance):
     """A drafter that is wrong often enough to be rejected and right often enough to be accepted."""
-    ngram = sj.NgramDrafter(tree)
+    ngram = sj.NgramDrafter(tree, reach=(1,))  # rounds of the root alone, of its children, and of the whole tree
     medusa = sj.MedusaDrafter(noisy_heads(mock(vocab), 3), tree)
     draft = sj.DraftModelDrafter(mock(vocab, 5), tree, acceptance.temperature, top_p=acceptance.top_p)
     known = [token for token in reversed(range(vocab)) if token not in (1, 3)]

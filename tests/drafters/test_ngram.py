@@ -40,7 +40,8 @@ def by_search(drafter, text):
 
     tree, out = drafter.tree, [text[-1]]
     longest = max((match(text, drafter.max_n, at) for at in range(len(text) - 1)), default=0)
-    reach = [0, *drafter.reach][longest] if longest <= len(drafter.reach) else tree.max_depth
+    limited = longest < drafter.max_n and longest <= len(drafter.reach)
+    reach = [0, *drafter.reach][longest] if limited else tree.max_depth
     for node in range(1, tree.size):
         path = []
         above = tree.parents[node]
@@ -96,9 +97,9 @@ def test_impossible_lengths_are_refused(max_n, min_n):
         sj.NgramDrafter(sj.Tree.chain(2), max_n, min_n)
 
 
-@pytest.mark.parametrize("reach", [(0,), (3, -1), (2.5,), (True,)])
+@pytest.mark.parametrize("reach", [(0,), (3, -1), (2.5,), (True,), 3])
 def test_an_impossible_reach_is_refused(reach):
-    with pytest.raises(sj.ConfigError, match="expected positive whole numbers"):
+    with pytest.raises(sj.ConfigError, match="expected a tuple of positive whole numbers"):
         sj.NgramDrafter(sj.Tree.chain(2), reach=reach)
 
 
@@ -106,6 +107,10 @@ def test_the_subtrees_are_those_within_reach():
     tree = sj.Tree.from_paths([(0,), (1,), (0, 0), (0, 0, 0), (0, 0, 0, 0)])
     assert sj.NgramDrafter(tree, reach=(1, 3)).subtrees == ((0,), (0, 1, 2), (0, 1, 2, 3, 4))
     assert sj.NgramDrafter(tree, reach=(4, 9)).subtrees == ((0,),)
+    # A match of max_n tokens is as long as any, and one below min_n drafts nothing.
+    assert sj.NgramDrafter(tree, max_n=2, reach=(1, 3)).subtrees == ((0,), (0, 1, 2))
+    assert sj.NgramDrafter(tree, max_n=1, reach=(1, 3)).subtrees == ((0,),)
+    assert sj.NgramDrafter(tree, min_n=2, reach=(1, 3)).subtrees == ((0,), (0, 1, 2, 3, 4))
 
 
 PROMPTS = [[5, 6, 7, 5, 6], [9, 3, 1, 9, 3, 1]]
@@ -179,10 +184,11 @@ def test_a_round_reads_the_nodes_with_drafts_alone(widths, acceptance, window):
     np.testing.assert_array_equal(state.accepted[: state.rounds], whole.accepted[: state.rounds])
 
 
-def test_a_batch_reads_the_nodes_where_some_member_has_a_draft(model, widths):
+@pytest.mark.parametrize("acceptance", [sj.Greedy(), sj.Sample(0.3)], ids=["greedy", "sample"])
+def test_a_batch_reads_the_nodes_where_some_member_has_a_draft(model, widths, acceptance):
     """One forward a round for the whole batch: a predicate for every member would make it two."""
-    states = [begin(model, ADAPTIVE, sj.Greedy(), prompt) for prompt in PROMPTS]
-    plan, going, expected = (model.params, model.config, ADAPTIVE, sj.Greedy(), ()), states, []
+    states = [begin(model, ADAPTIVE, acceptance, prompt) for prompt in PROMPTS]
+    plan, going, expected = (model.params, model.config, ADAPTIVE, acceptance, ()), states, []
     step = jax.jit(loop.round_, static_argnums=STATIC)
     while not all(bool(s.finished) for s in going):
         drafts = [propose(ADAPTIVE, s.tokens, s.length)[1:] for s in going if not s.finished]
@@ -218,3 +224,31 @@ def test_a_hybrid_reads_what_its_parts_need(model, widths):
 def test_two_ngram_parts_need_none_one_or_both():
     parts = sj.NgramDrafter(sj.Tree.chain(1)), sj.NgramDrafter(sj.Tree.chain(2), min_n=2)
     assert sj.HybridDrafter(parts).subtrees == ((0,), (0, 2, 3), (0, 1))
+
+
+class Torn(sj.NgramDrafter):
+    """Its subtrees are not those of its tree."""
+
+    subtrees = ((0, 2),)
+
+
+def test_subtrees_that_are_none_are_refused_before_tracing(model):
+    with pytest.raises(sj.TreeError, match="node 2 is there without its parent"):
+        sj.generate(model, PROMPTS[0], drafter=Torn(sj.Tree.chain(2)))
+
+
+def test_many_combinations_are_thinned():
+    part = sj.NgramDrafter(sj.Tree.chain(10))
+    assert len(part.subtrees) == 3
+    assert sj.HybridDrafter((part, part)).subtrees == ((0,), (0, *range(2, 21, 2)), (0, *range(1, 20, 2)))
+
+
+def test_readings_are_the_cheapest_that_hold_the_drafts():
+    """By number of rows; one that is padded to as many as one that holds it is left out, another as wide is not."""
+    part = sj.NgramDrafter(sj.Tree.chain(2))
+    both = loop._readings(sj.HybridDrafter((part, part)), jnp.bfloat16, batched=False)
+    assert both == [((0,), 1), ((0, 2, 4), 3), ((0, 1, 3), 3), ((0, 1, 2, 3, 4), 5)]
+    long = sj.NgramDrafter(sj.Tree.chain(7), reach=(5,))
+    assert loop._readings(long, jnp.float32, batched=False) == [((0,), 1), (tuple(range(8)), 8)]
+    assert [rows for _, rows in loop._readings(long, jnp.float32, batched=True)] == [1, 6, 8]
+    assert loop._readings(sj.drafters.base.NoDrafter(), jnp.float32, batched=False) == [((0,), 1)]

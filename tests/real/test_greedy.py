@@ -13,7 +13,7 @@ GREEDY = [
     ("draft", "chain:2"),
     ("draft", "cartesian:2,1"),
     ("ngram", "chain:4"),
-    ("ngram+medusa", "chain:3+paths:0,1,2,0.0"),  # the demo's
+    ("ngram+medusa", "chain:3+paths:0,1,2,0.0"),
     ("medusa+draft", "cartesian:2,1+chain:2"),
     ("ngram+draft", "chain:4+chain:1"),  # the draft model reads more than it drafts
 ]

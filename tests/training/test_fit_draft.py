@@ -6,11 +6,15 @@ import jax
 import numpy as np
 import pytest
 from conftest import save_chat_model
+from rich.console import Console
 
 import specjax as sj
 from specjax.cli import main
+from specjax.errors import ConfigError
 from specjax.loading import checkpoint
 from specjax.training import loop
+from specjax.training.distillation import Distillation
+from specjax.training.fit_draft import EvaluateDraft
 from specjax.training.quality import selected
 
 EXPERIMENT = """
@@ -99,3 +103,21 @@ def test_the_run_is_followed(distilled):
         assert (out / name).read_bytes()[:4] == b"\x89PNG"
     assert list((out / "tensorboard").iterdir())
     assert set(result["throughput"]) == {"steps_per_second", "tokens_per_second"}
+
+
+def test_a_draft_is_evaluated_on_new_answers(distilled, tmp_path):
+    """To other prompts than those that the draft learned from; before training, the target took next to nothing."""
+    target, _, out, result = distilled
+    (tmp_path / "p.jsonl").write_text('{"question_id": 1, "category": "c", "turns": ["say 99"]}\n')
+    data = Distillation(
+        str(tmp_path / "text"), str(tmp_path / "p.jsonl"), shards=1, shard_size=1, batch_size=1, max_answer_tokens=24,
+        evaluation_share=0.2,
+    )  # fmt: skip
+    evaluated = EvaluateDraft("evaluated", str(target), str(out / "draft"), data).run(tmp_path, Console())
+    assert evaluated["conversations"] == 1
+    assert 0 < evaluated["answer_tokens"] <= 24
+    before = result["evaluations"][0]["eval"]
+    assert evaluated["evaluation"]["acceptance"] > before["acceptance"] + 0.1
+    assert evaluated["evaluation"]["text"] < before["text"]
+    with pytest.raises(ConfigError, match="has no token map"):
+        EvaluateDraft("evaluated", str(target), str(target), data).run(tmp_path, Console())
