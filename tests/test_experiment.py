@@ -183,7 +183,7 @@ def test_generate_prints_the_text_and_the_statistics(checkpoint, capsys):
         (["--drafter", "ngram", "--heads", "h"], "--heads is for the drafter medusa"),
         (["--drafter", "ngram", "--draft-model", "d"], "--draft-model is for the drafter draft"),
         (["--drafter", "draft", "--draft-model", "d", "--min-n", "0"], "--min-n is for the drafter ngram"),
-        (["--drafter", "ngram", "--reach", "3", "0"], "reach is (3, 0)"),
+        (["--drafter", "ngram", "--reach", "3", "0"], "reach is [3, 0]"),
         (["--drafter", "ngram", "--max-n", "1", "--min-n", "2"], "min_n is 2 and max_n 1"),
         (["--top-k", "3"], "--top-k 3"),
         (["--top-p", "0.9", "--drafter", "ngram", "--typical"], "typical acceptance has none"),

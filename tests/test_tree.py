@@ -265,9 +265,9 @@ def test_plot(tmp_path):
 
 
 def test_subtrees():
-    tree = sj.Tree.from_paths([(0,), (1,), (0, 0), (0, 2), (1, 0)])
-    assert tree.subtree((0,)) == sj.Tree.chain(0)
-    assert tree.subtree(np.array([0, 2, 5])) == sj.Tree.from_paths([(1,), (1, 0)])
+    tree = Tree.from_paths([(0,), (1,), (0, 0), (0, 2), (1, 0)])
+    assert tree.subtree((0,)) == Tree.chain(0)
+    assert tree.subtree(np.array([0, 2, 5])) == Tree.from_paths([(1,), (1, 0)])
     assert tree.subtree(range(6)) == tree
 
 
@@ -285,8 +285,8 @@ def test_subtrees():
     ],
 )
 def test_what_is_no_subtree_is_refused(nodes, message):
-    tree = sj.Tree.from_paths([(0,), (1,), (0, 0), (0, 2), (1, 0)])
-    with pytest.raises(sj.TreeError, match=message):
+    tree = Tree.from_paths([(0,), (1,), (0, 0), (0, 2), (1, 0)])
+    with pytest.raises(TreeError, match=message):
         tree.subtree(nodes)
 
 

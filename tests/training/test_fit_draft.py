@@ -108,14 +108,15 @@ def test_the_run_is_followed(distilled):
 def test_a_draft_is_evaluated_on_new_answers(distilled, tmp_path):
     """To other prompts than those that the draft learned from; before training, the target took next to nothing."""
     target, _, out, result = distilled
-    (tmp_path / "p.jsonl").write_text('{"question_id": 1, "category": "c", "turns": ["say 99"]}\n')
+    lines = [{"question_id": i, "category": "c", "turns": [f"say {i}"]} for i in range(80, 100)]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
     data = Distillation(
-        str(tmp_path / "text"), str(tmp_path / "p.jsonl"), shards=1, shard_size=1, batch_size=1, max_answer_tokens=24,
-        evaluation_share=0.2,
+        str(tmp_path / "text"), str(tmp_path / "p.jsonl"), shards=1, shard_size=20, batch_size=20, max_answer_tokens=24,
+        temperature=1.0, answer_seed=1, evaluation_share=0.2,
     )  # fmt: skip
     evaluated = EvaluateDraft("evaluated", str(target), str(out / "draft"), data).run(tmp_path, Console())
-    assert evaluated["conversations"] == 1
-    assert 0 < evaluated["answer_tokens"] <= 24
+    assert 10 < evaluated["conversations"] <= 20
+    assert 0 < evaluated["answer_tokens"] <= 24 * evaluated["conversations"]
     before = result["evaluations"][0]["eval"]
     assert evaluated["evaluation"]["acceptance"] > before["acceptance"] + 0.1
     assert evaluated["evaluation"]["text"] < before["text"]
