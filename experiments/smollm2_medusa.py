@@ -6,28 +6,23 @@
     specjax run experiments/smollm2_medusa.py --prompts FILE   (Spec-Bench JSONL)
 
 In float32 the output is the same, token for token; its Medusa tree is the one that this machine decodes fastest,
-chosen by timing rounds of several sizes. `ngram+medusa` adds a chain of three drafts copied from the text to four
-Medusa nodes.
+chosen by timing rounds of several sizes. The hybrids put drafts copied from the text beside Medusa's: in bfloat16 one
+after a match of one token and four after a longer one beside four, of twelve the fastest that commits more than 1.7
+tokens a round on other prompts (`hybrid_trees_smollm2.py`); in float32, whose rounds cost as much with 5 rows as with
+8, four after a match of at least two beside three, chosen by counting on those prompts.
 
-Record (2 CPU cores, AMD EPYC Zen 4 with AVX-512 bf16, jax 0.10.2, nothing else running), --prompts.per-category 3: 15
-prompts of 64 tokens, median (min-max over prompts), against autoregressive decoding in the same dtype:
+Record of `make demo` (2 CPU cores, AMD EPYC Zen 4 with AVX-512 bf16, jax 0.10.2, nothing else running; the result is in
+`records`): 10 prompts of 64 tokens, 2:42 without installation; median (min-max over prompts), against autoregressive
+decoding in the same dtype:
 
     method             dtype      nodes  tokens/round  accepted/round  speed-up          same output
-    medusa             float32    4      1.39          0.39            1.12 (0.78-1.40)  15 of 15
-    ngram+medusa       float32    8      1.70          0.70            1.08 (0.65-1.73)  15 of 15
-    medusa_bf16        bfloat16   6      1.47          0.47            1.15 (0.82-1.42)  11 of 15
-    ngram+medusa_bf16  bfloat16   8      1.69          0.69            1.18 (0.74-1.95)  12 of 15
+    medusa             float32    4      1.36          0.36            0.99 (0.79-1.21)  10 of 10
+    ngram+medusa       float32    8      1.63          0.63            1.12 (0.78-1.85)  10 of 10
+    medusa_bf16        bfloat16   6      1.43          0.43            1.13 (0.83-1.39)  7 of 10
+    ngram+medusa_bf16  bfloat16   9      1.71          0.71            1.29 (0.86-1.87)  7 of 10
 
-Bfloat16 is the faster dtype (47.1 tokens a second autoregressively, float32 43.4): against it the float32 methods are
-at 1.03 (0.73-1.32) and 1.01 (0.61-1.61).
-
-`make demo` itself there, 10 prompts, 2:46 without installation: ngram+medusa_bf16 1.72 tokens per round and 1.23
-(0.77-2.06) against bfloat16's baseline, the fastest, 8 of 10 the same; medusa_bf16 1.43, 1.12 (0.84-1.37), 7 of 10;
-float32 Medusa with 4 nodes 1.36, 0.92 (0.80-1.18), ngram+medusa 1.72, 1.01 (0.69-1.76), 10 of 10 each.
-
-Other hybrids in bfloat16 on the same prompts, in one run before attention read only the filled part of the cache and
-before bfloat16 copied no weights: the demo's had 1.11 (0.75-1.79) there, 3 copied drafts beside 2 Medusa nodes 1.59
-tokens per round and 1.20 (0.78-2.20), 7 beside 8 nodes 1.87 and 0.93 (0.59-2.03).
+Against the fastest baseline (float32, 48.5 tokens a second; bfloat16 47.7) the bfloat16 hybrid is at 1.29, Medusa at
+1.14. A run earlier that day: 1.06, 1.12, 1.16 and 1.33 (0.80-1.97) in the table's order.
 
 Without AVX-512 (Zen 3, an earlier state): Medusa in float32 with 4 nodes 1.39 tokens per round, 1.04 (0.78-1.28),
 ngram+medusa 1.70, 0.98 (0.65-1.68); medusa_bf16 1.46, 1.07 (0.81-1.34), 0.80 (0.55-0.95) against float32's baseline. On
