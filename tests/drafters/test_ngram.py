@@ -159,7 +159,7 @@ def widths(monkeypatch):
 )
 def test_a_round_reads_the_nodes_with_drafts_alone(widths, acceptance, window):
     """The widths of the target forwards beside what was drafted in each round, and the cache after each."""
-    model = tiny_model(sliding_window=window)
+    model = tiny_model(0, 0.3, sliding_window=window)  # as in test_draft_model.py: caches are compared to 1e-5
     plan = (model.params, model.config, ADAPTIVE, acceptance, ())
     state, expected = begin(model, ADAPTIVE, acceptance, PROMPTS[0]), []
     step, prefill = jax.jit(loop.round_, static_argnums=STATIC), jax.jit(read, static_argnums=1)
