@@ -1,4 +1,4 @@
-"""How often SmolLM2 takes the tokens of the draft model that ships, on answers to prompts that it was not trained on.
+"""How often SmolLM2 takes the tokens of the draft model that ships, on answers to prompts drawn with other seeds.
 
     specjax run experiments/evaluate_draft_smollm2.py
 

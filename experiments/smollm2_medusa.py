@@ -9,7 +9,8 @@ In float32 the output is the same, token for token; its Medusa tree is the one t
 chosen by timing rounds of several sizes. The hybrids put drafts copied from the text beside Medusa's: in bfloat16 one
 after a match of one token and four after a longer one beside four, of twelve the fastest that commits more than 1.7
 tokens a round on other prompts (`hybrid_trees_smollm2.py`); in float32, whose rounds cost as much with 5 rows as with
-8, four after a match of at least two beside three, chosen by counting on those prompts.
+8, four after a match of at least two beside three, chosen by counting accepted drafts on those prompts (the demo's own
+counts lay beside them; the script was not kept).
 
 Record of `make demo` (2 CPU cores, AMD EPYC Zen 4 with AVX-512 bf16, jax 0.10.2, nothing else running; the result is in
 `records`): 10 prompts of 64 tokens, 2:42 without installation; median (min-max over prompts), against autoregressive

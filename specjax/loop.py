@@ -250,7 +250,7 @@ def start(
     drafter = drafter.prepare(params)
     with jax.named_scope("prefill"):
         features, cache = read(params, config, tokens, prompt_length)
-        # Before the root is known: samples that start from one prompt then share this, `vmap` or not.
+        # Before the root is known, so that a `vmap` over keys reads the one prompt once.
         draft = drafter.init(params, Context(tokens, prompt_length, features))
     key, accept_key = jax.random.split(key)
     root = acceptance(unembed(params, features[None]), Proposal(tokens[:1]), Tree.chain(0), accept_key).next_token
