@@ -15,15 +15,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from specjax.acceptance import Acceptance, Greedy
+from specjax.cache import KVCache
 from specjax.config import ModelConfig
 from specjax.drafters.base import Drafter, NoDrafter
 from specjax.errors import ConfigError, PromptError, check_implements, is_whole
 from specjax.loading.load import Model
-from specjax.loop import State, batch_loop, loop, round_, start
-from specjax.model import PREFILL_CHUNK
+from specjax.loop import State, batch_loop, begin, loop, round_, start
+from specjax.model import PREFILL_CHUNK, read
 from specjax.params import Params
 
 __all__ = [
@@ -81,7 +82,10 @@ class Round:
 
 
 _STATIC = ("config", "acceptance")
-_start = jax.jit(start, static_argnames=_STATIC)
+# The target reads a prompt in a program of its own: drafters share it, and the time that it takes to compile.
+_read = jax.jit(read, static_argnames="config")
+_read_batch = jax.jit(jax.vmap(read, in_axes=(None, None, 0, 0)), static_argnums=1)
+_begin = jax.jit(begin, static_argnames="acceptance", donate_argnames="cache")
 _loop = jax.jit(loop, static_argnames=_STATIC)
 _round = jax.jit(round_, static_argnames=_STATIC, donate_argnames="state")  # streaming owns its state
 
@@ -97,10 +101,12 @@ def _batch(
     lengths: Int[Array, "B"],
     limits: Int[Array, "B"],
     keys: jax.Array,
+    features: Float[Array, "B D"],
+    caches: KVCache,
 ) -> State:
-    plan = (params, config, drafter, acceptance, eos)
-    states = jax.vmap(functools.partial(start, *plan))(tokens, lengths, limits, keys)
-    return batch_loop(*plan, states)
+    first = functools.partial(begin, params, drafter, acceptance, eos)
+    states = jax.vmap(first)(tokens, lengths, limits, keys, features, caches)
+    return batch_loop(params, config, drafter, acceptance, eos, states)
 
 
 @dataclass(frozen=True)
@@ -136,8 +142,10 @@ def prefill(
 
 
 def _prefill(request: _Request, key: jax.Array) -> State:
-    arrays = jnp.asarray(request.tokens[0]), jnp.int32(request.lengths[0]), jnp.int32(request.limits[0])
-    return _start(*request.plan, *arrays, key)
+    params, config, *rules = request.plan
+    tokens, length, limit = jnp.asarray(request.tokens[0]), jnp.int32(request.lengths[0]), jnp.int32(request.limits[0])
+    features, cache = _read(params, config, tokens, length)
+    return _begin(params, *rules, tokens, length, limit, key, features, cache)
 
 
 def decode(
@@ -229,8 +237,9 @@ def generate_batch(
     keys = _check_key(keys, acceptance, len(prompts))
     if max_new_tokens == 0:
         return [_nothing() for _ in prompts]
-    arrays = (jnp.asarray(request.tokens), jnp.asarray(request.lengths), jnp.asarray(request.limits))
-    states = _batch(*request.plan, *arrays, keys)
+    tokens, lengths, limits = (jnp.asarray(x) for x in (request.tokens, request.lengths, request.limits))
+    features, caches = _read_batch(model.params, model.config, tokens, lengths)
+    states = _batch(*request.plan, tokens, lengths, limits, keys, features, caches)
     slim = dataclasses.replace(states, cache=None, draft=None, features=None, key=None)  # type: ignore[arg-type]
     return [summarise(jax.tree.map(lambda leaf, i=i: leaf[i], slim)) for i in range(len(prompts))]
 

@@ -247,9 +247,26 @@ def start(
       prompt_length: the prompt's length, at least 1.
       limit: the length (prompt included) at which decoding ends, above `prompt_length`.
     """
-    drafter = drafter.prepare(params)
     with jax.named_scope("prefill"):
         features, cache = read(params, config, tokens, prompt_length)
+    return begin(params, drafter, acceptance, eos, tokens, prompt_length, limit, key, features, cache)
+
+
+def begin(
+    params: Params,
+    drafter: Drafter,
+    acceptance: Acceptance,
+    eos: tuple[int, ...],
+    tokens: Int[Array, "S"],
+    prompt_length: Int[Array, ""],
+    limit: Int[Array, ""],
+    key: jax.Array,
+    features: Float[Array, "D"],
+    cache: kv.KVCache,
+) -> State:
+    """`start` once the target has read the prompt, which it does in the same way whatever drafts."""
+    drafter = drafter.prepare(params)
+    with jax.named_scope("prefill"):
         # Before the root is known, so that a `vmap` over keys reads the one prompt once.
         draft = drafter.init(params, Context(tokens, prompt_length, features))
     key, accept_key = jax.random.split(key)

@@ -35,6 +35,7 @@ class RankPass:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     prompts: str | None = None  # Spec-Bench JSONL; None: the ones that ship with specjax
     max_new_tokens: int = 128
+    batch_size: int = 4  # prompts answered at once; larger batches take more memory than the pass does
     tokens: int = 200_000
     trees: int = 1000
     nodes: int = 64
@@ -42,12 +43,14 @@ class RankPass:
 
     def run(self, output_dir: Path, console: Console) -> dict[str, Any]:
         """Writes the table to `output_dir` and gives speed, peak memory and the time of the simulation."""
-        if min(self.tokens, self.trees) < 1:
-            raise ConfigError(f"tokens is {self.tokens}, trees {self.trees}; expected at least 1 of each.")
+        for name in ("tokens", "trees", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; expected at least 1.")
         model = load_model(self.model, dtype=self.dtype)
         heads = load_heads(self.heads, model.config, dtype=self.dtype)
         with console.status("answering prompts"):
-            answers = greedy_answers(model, load_prompts(self.prompts), max_new_tokens=self.max_new_tokens)
+            prompts = load_prompts(self.prompts)
+            answers = greedy_answers(model, prompts, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size)
         answers = [text for text in answers if len(text.answer) > 1]
         texts: list[Text] = []
         while (have := sum(len(text.answer) for text in texts)) < self.tokens:
@@ -112,7 +115,7 @@ def peak_bytes() -> int:
 
 
 def reset_peak() -> bool:
-    """Forgets the peak, for answering prompts takes more memory than measuring them. False where the system cannot."""
+    """Forgets the peak, to tell what measuring takes from what answering prompts did. False where the system cannot."""
     try:
         _CLEAR.write_text("5")
     except OSError:

@@ -195,7 +195,7 @@ def test_an_equal_draft_loaded_anew_compiles_nothing(model):
         draft = dataclasses.replace(tiny_model(9, vocab=56), tokenizer=tokenizer)
         target = dataclasses.replace(tiny_model(vocab=56), tokenizer=tokenizer)
         sj.generate(target, PROMPT, drafter=sj.DraftModelDrafter(draft, CHAIN), max_new_tokens=4)
-        return decode._start._cache_size(), decode._loop._cache_size()
+        return decode._begin._cache_size(), decode._loop._cache_size()
 
     assert request() == request()
 

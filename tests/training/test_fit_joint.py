@@ -3,11 +3,14 @@
 import dataclasses
 import json
 import os
+import random
 import re
 import shlex
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -130,6 +133,30 @@ def test_the_result_is_complete(alone):
     assert len(list((out / "tensorboard").iterdir())) == 1
     kept = {int(p.name) for p in (out / "checkpoints").iterdir()}
     assert {len(steps), result["step"]} <= kept
+
+
+def test_kills_change_nothing(experiment, alone, tmp_path):
+    """SIGKILL at two random steps, each resumed: every loss and the weights are the uninterrupted run's, exactly."""
+    out, (whole, result) = tmp_path / "out", alone
+    run, log = ["run", str(experiment), "--output-dir", str(out)], out / loop.LOG
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
+    for step in sorted(random.Random(0).sample(range(5, 120), 2)):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "specjax.cli", *run], env=environment, stdout=subprocess.DEVNULL
+        )
+        while process.poll() is None and (not log.exists() or f'"step": {step},' not in log.read_text()):
+            time.sleep(0.01)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        assert not (out / "result.json").exists()
+    assert main(run) == 0
+    np.testing.assert_array_equal(losses(log_of(out)), losses(log_of(whole)))
+    again = json.loads((out / "result.json").read_text())
+    assert (again["record"], again["step"]) == (result["record"], result["step"])
+    ours, theirs = (safetensors.numpy.load_file(directory / "heads.safetensors") for directory in (out, whole))
+    assert ours.keys() == theirs.keys()
+    for name, weight in ours.items():
+        assert weight.tobytes() == theirs[name].tobytes()
 
 
 def test_two_hosts_give_the_result_of_one(experiment, alone, tmp_path):
