@@ -5,14 +5,17 @@ specjax run experiments/rank_pass_smollm2.py --tokens 20000     (a tenth, for a 
 
 It should fit in 2 GB, the model's weights included, and the simulation should take less than 10 s on 2 CPU cores.
 
-Record (2 CPU cores, AMD EPYC Zen 4, jax 0.10.2, bfloat16, nothing else running; the result is in `records`): 200,124
-tokens at 263 a second, each read after its prompt, compilation included; 2.005e9 bytes (1.87 GiB) at most in the pass,
-weights included, 2.33e9 before it, when the process answered the prompts. The table takes 1.9 MB on disk; a thousand
-trees of 64 nodes over it 1.4 s. With --tokens 10000: 242 tokens a second, 1.74e9 bytes, 2.25e9 before.
+Record (2 CPU cores, AMD EPYC Zen 3, jax 0.10.2, bfloat16, tests and compilations beside it for most of the time; the
+result is in `records`): 200,046 tokens, each read after its prompt, at 59 a second; 1.65e9 bytes at most in the pass,
+weights included, and 1.63e9 before it, when the process answered the prompts. The table takes 1.9 MB on disk; a
+thousand trees of 64 nodes over it 2.5 s.
 
-On an AMD EPYC Zen 3, --dtype float32, three to five other processes at work on the same cores: 200,064 tokens at 60 a
-second. The table takes 1.9 MB on disk; a thousand trees of 64 nodes over it 2.9 s. In the pass at most 1.92 GB, over
-3,046 tokens (1.96 GB when looked at during the run of 200,064, whose own peak was not recorded); 2.14 GB before it.
+On an AMD EPYC Zen 4 with AVX-512 bf16, nothing else running, prompts answered 16 at a time in place of 4
+(`result_zen4.json`): 200,124 tokens at 263 a second, compilation included; 2.005e9 bytes at most in the pass, 2.33e9
+before it, both because of what the larger batches left behind; a thousand trees 1.4 s.
+
+The table repeats the answers to 50 prompts, which speeds up the simulation: every pattern of ranks is looked up once.
+Over 200,000 random ranks a thousand trees take less than 10 s of CPU time (tests/real/test_simulation_speed.py).
 """
 
 from specjax.analysis.rank_pass import RankPass

@@ -36,14 +36,14 @@ print(target.config.family, "of", sum(leaf.size for leaf in jax.tree.leaves(targ
 # %% [markdown]
 # ## Text of its own
 #
-# We let the model answer templated questions, at temperature 0.8. `answer` decodes a batch by `vmap` and keeps the hidden
+# We let the model answer templated questions, at temperature 0.7. `answer` decodes a batch by `vmap` and keeps the hidden
 # state that predicted every token, so that no second pass over the text is needed. A second batch is held out. The model
 # speaks SmolLM2's 8,191 most frequent tokens; the last of its rows stands for all others.
 
 # %%
 tokenizer = sj.load_model("smollm2-135m-instruct", dtype="bfloat16").tokenizer
 row_of = {int(token): row for row, token in enumerate(token_map)}
-SAMPLING = sj.Sample(0.8, top_p=0.95)
+SAMPLING = sj.Sample(0.7)
 
 
 def questions(count, seed):

@@ -98,11 +98,11 @@ def _show(options: argparse.Namespace, rest: list[str]) -> int:
 def _measure(options: argparse.Namespace, rest: list[str]) -> int:
     import specjax as sj
     from specjax.analysis.ranks import check_measure, measure
+    from specjax.analysis.table import check_path
     from specjax.analysis.texts import greedy_answers
     from specjax.prompts import load_prompts
 
-    if options.save.suffix != ".npz":
-        raise sj.ConfigError(f"rank tables are .npz files, not {options.save.name!r}; change the name.")
+    check_path(options.save)
     check_measure(options.cap, options.typical_temperature)  # before the prompts are answered, which takes minutes
     options.save.parent.mkdir(parents=True, exist_ok=True)
     prompts = load_prompts(options.prompts)
@@ -129,7 +129,10 @@ def _optimise(options: argparse.Namespace, rest: list[str]) -> int:
     from specjax.analysis.search import Limits
     from specjax.analysis.validate import search_trees
     from specjax.errors import TreeError
+    from specjax.tree import writable
 
+    if options.save:
+        writable(options.save)  # before the search
     table, limits = _table(options), Limits(options.max_depth, options.max_branching)
     times = _round_times(options.round_times, table)
     sizes = [options.nodes] if times is None else [n for n in times.nodes if n > 1]
@@ -219,6 +222,7 @@ def _speed(times, one) -> list[str]:  # type: ignore[no-untyped-def]
 
 def _round_times(path: Path | None, table):  # type: ignore[no-untyped-def]  # RoundTimes is imported late
     from specjax.analysis.round_time import RoundTimes
+    from specjax.bench import environment
     from specjax.errors import DataError
 
     if path is None:
@@ -231,6 +235,19 @@ def _round_times(path: Path | None, table):  # type: ignore[no-untyped-def]  # R
     timed = result.get("config", {}).get("dtype", dtype)
     if timed != dtype:
         raise DataError(f"the rounds of {path} were timed in {timed}, the ranks measured in {dtype}; use one dtype.")
+    for name in ("model", "heads"):
+        theirs, ours = result.get(name), table.manifest.get(name)
+        if None not in (theirs, ours) and theirs != ours:
+            raise DataError(
+                f"the rounds of {path} were timed with {name} {theirs}, the ranks measured with {ours}: other weights. "
+                "Time these, `specjax bench`."
+            )
+    places = result.get("environment", {}), environment()
+    then, now = (tuple(place.get(key) for key in ("device", "cpu_count")) for place in places)
+    if then not in (now, (None, None)):
+        print(
+            f"{path} was timed on {then[0]} with {then[1]} cores, here are {now[0]} with {now[1]}: speeds are theirs."
+        )
     return times
 
 

@@ -32,12 +32,14 @@ __all__ = [
     "Round",
     "State",
     "batch_loop",
+    "begin",
     "capacity_for",
     "decode",
     "generate",
     "generate_batch",
     "loop",
     "prefill",
+    "read_prompt",
     "round_",
     "start",
     "stream",
@@ -83,14 +85,14 @@ class Round:
 
 _STATIC = ("config", "acceptance")
 # The target reads a prompt in a program of its own: drafters share it, and the time that it takes to compile.
-_read = jax.jit(read, static_argnames="config")
-_read_batch = jax.jit(jax.vmap(read, in_axes=(None, None, 0, 0)), static_argnums=1)
+read_prompt = jax.jit(read, static_argnames="config")
+_read_prompts = jax.jit(jax.vmap(read, in_axes=(None, None, 0, 0)), static_argnums=1)
 _begin = jax.jit(begin, static_argnames="acceptance", donate_argnames="cache")
 _loop = jax.jit(loop, static_argnames=_STATIC)
 _round = jax.jit(round_, static_argnames=_STATIC, donate_argnames="state")  # streaming owns its state
 
 
-@functools.partial(jax.jit, static_argnames=_STATIC)
+@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="caches")
 def _batch(
     params: Params,
     config: ModelConfig,
@@ -144,7 +146,7 @@ def prefill(
 def _prefill(request: _Request, key: jax.Array) -> State:
     params, config, *rules = request.plan
     tokens, length, limit = jnp.asarray(request.tokens[0]), jnp.int32(request.lengths[0]), jnp.int32(request.limits[0])
-    features, cache = _read(params, config, tokens, length)
+    features, cache = read_prompt(params, config, tokens, length)
     return _begin(params, *rules, tokens, length, limit, key, features, cache)
 
 
@@ -238,7 +240,7 @@ def generate_batch(
     if max_new_tokens == 0:
         return [_nothing() for _ in prompts]
     tokens, lengths, limits = (jnp.asarray(x) for x in (request.tokens, request.lengths, request.limits))
-    features, caches = _read_batch(model.params, model.config, tokens, lengths)
+    features, caches = _read_prompts(model.params, model.config, tokens, lengths)
     states = _batch(*request.plan, tokens, lengths, limits, keys, features, caches)
     slim = dataclasses.replace(states, cache=None, draft=None, features=None, key=None)  # type: ignore[arg-type]
     return [summarise(jax.tree.map(lambda leaf, i=i: leaf[i], slim)) for i in range(len(prompts))]

@@ -317,9 +317,7 @@ class Tree:
         Raises:
           TreeError: a name that `saved_path` refuses, or one that means something else where a tree is asked for.
         """
-        path, name = saved_path(where), str(where)
-        if name in (*self.presets(), *_WORDS):
-            raise TreeError(f"{name!r} means something else where a tree is named; save this one under another name.")
+        path, name = writable(where), str(where)
         path.parent.mkdir(parents=True, exist_ok=True)
         named = self if name.endswith(".json") else replace(self, name=name)
         path.write_text(named.to_json() + "\n")
@@ -366,6 +364,13 @@ def saved_path(where: str | Path) -> Path:
             f"{str(where)!r} is no place for a tree; expected a .json file, or a name: letters, digits, - and _."
         )
     return _folder() / f"{where}.json"
+
+
+def writable(where: str | Path) -> Path:
+    """`saved_path`, for saving: raises a `TreeError` for a name that means something else where a tree is asked for."""
+    if str(where) in (*Tree.presets(), *_WORDS):
+        raise TreeError(f"{str(where)!r} means something else where a tree is named; take another name.")
+    return saved_path(where)
 
 
 def _folder() -> Path:

@@ -335,7 +335,7 @@ def test_public_entry_points_compile_once(name):
         sj.generate(model, prompt, key=key, **request)
         list(sj.stream(model, prompt, key=key, **request))
         sj.generate_batch(model, [prompt, prompt[:1]], keys=jax.random.split(key, 2), **request)
-        programs = (decode._read, decode._read_batch, decode._begin, decode._loop, decode._round, decode._batch)
+        programs = (decode.read_prompt, decode._read_prompts, decode._begin, decode._loop, decode._round, decode._batch)
         return tuple(program._cache_size() for program in programs)
 
     first = run(3, 0)

@@ -12,21 +12,25 @@ from rich.console import Console
 from rich.progress import Progress
 
 from specjax.analysis.ranks import Text, measure
+from specjax.analysis.search import UNLIMITED
 from specjax.analysis.simulate import simulate
 from specjax.analysis.texts import greedy_answers
 from specjax.bench import environment
-from specjax.errors import ConfigError
+from specjax.errors import ConfigError, DataError
 from specjax.loading.heads import load_heads
 from specjax.loading.load import load_model
 from specjax.prompts import load_prompts
 from specjax.tree import Tree
+
+_RANKS = 10  # of the random trees' nodes
 
 
 @dataclass(frozen=True)
 class RankPass:
     """Measures the same answers over and over until there are `tokens` of them, then simulates random trees.
 
-    The pass computes every sequence anew, so that its time and memory are those of as many different ones.
+    The pass computes every sequence anew, so that its time and memory are those of as many different ones. The
+    simulation gains from the repetition, for it looks up every pattern of ranks once.
     """
 
     name: str
@@ -48,10 +52,13 @@ class RankPass:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected at least 1.")
         model = load_model(self.model, dtype=self.dtype)
         heads = load_heads(self.heads, model.config, dtype=self.dtype)
+        UNLIMITED.check(self.nodes, heads.config.num_heads, _RANKS)
         with console.status("answering prompts"):
             prompts = load_prompts(self.prompts)
             answers = greedy_answers(model, prompts, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size)
         answers = [text for text in answers if len(text.answer) > 1]
+        if not answers:
+            raise DataError(f"no answer has two tokens (max_new_tokens is {self.max_new_tokens}); allow longer ones.")
         texts: list[Text] = []
         while (have := sum(len(text.answer) for text in texts)) < self.tokens:
             texts.append(replace(answers[len(texts) % len(answers)]))
@@ -63,7 +70,7 @@ class RankPass:
         peak = peak_bytes()
         table.save(output_dir / "pass.ranks.npz")
         rng = np.random.default_rng(self.seed)
-        trees = [random_tree(rng, self.nodes, table.num_heads, min(10, table.cap)) for _ in range(self.trees)]
+        trees = [random_tree(rng, self.nodes, table.num_heads, _RANKS) for _ in range(self.trees)]
         simulate(table, trees[:1])
         begin = time.perf_counter()
         simulate(table, trees)
@@ -90,7 +97,7 @@ class RankPass:
 
 
 def random_tree(rng: np.random.Generator, nodes: int, depth: int, ranks: int) -> Tree:
-    """A tree that grows at random, each node below one that stands."""
+    """A tree that grows at random, each node below one that stands; there must be so many nodes (`Limits.check`)."""
     paths: set[tuple[int, ...]] = set()
     open_paths: list[tuple[int, ...]] = [()]
     while len(paths) < nodes - 1:

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from specjax.analysis.table import UNLABELLED, RankTable
 from specjax.config import ModelConfig
+from specjax.drafters.medusa import MedusaDrafter
 from specjax.errors import DataError
 from specjax.fingerprint import fingerprint, float_dtype
 from specjax.heads import Heads, draft_projection, project
@@ -24,6 +25,7 @@ from specjax.loading.load import Model
 from specjax.model import forward, unembed
 from specjax.params import Params
 from specjax.training.losses import IGNORED, future_labels, label_ranks, reduce_labels
+from specjax.tree import Tree
 
 _CHUNK = 128  # positions whose LM-head logits exist at once
 _PADDING = 256  # sequences are padded to a multiple of this, so that few lengths compile
@@ -58,7 +60,8 @@ def measure(
 ) -> RankTable:
     """Measures `heads` on texts in one teacher-forced pass, a sequence at a time.
 
-    On the target's own greedy answers (`generate`), what the table says is exactly what greedy decoding does.
+    On the target's own greedy answers (`generate`), the table says exactly what greedy decoding does in float32; in
+    bfloat16 near-ties can flip.
 
     Args:
       cap: ranks from here on are recorded as `cap`; wider trees cannot be simulated.
@@ -69,12 +72,14 @@ def measure(
     Raises:
       DataError: no text, an empty prompt or answer, token ids outside the vocabulary, a cap below 1, a temperature that
         is not positive, or more candidates than the heads' vocabulary holds.
+      ConfigError: heads of another width or vocabulary than the model's.
     """
     if not texts:
         raise DataError("there is no text to measure; pass at least one sequence.")
     check_measure(cap, typical_temperature)
     if not 1 <= candidates <= heads.config.output_size and typical_temperature is not None:
         raise DataError(f"candidates is {candidates}; these heads allow 1 to {heads.config.output_size}.")
+    MedusaDrafter(heads, Tree.chain(1)).check(model)
     projection = draft_projection(heads, model.params.unembedding)
     vocab, token_map = model.config.vocab_size, heads.token_map
     columns: list[tuple[np.ndarray, ...]] = []

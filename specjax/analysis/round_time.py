@@ -17,7 +17,8 @@ from specjax.analysis.search import expected_tokens, greedy_tree
 from specjax.bench import environment
 from specjax.decode import capacity_for, decode, prefill
 from specjax.drafters.medusa import MedusaDrafter
-from specjax.errors import ConfigError, DataError
+from specjax.errors import ConfigError, DataError, TreeError
+from specjax.fingerprint import fingerprint
 from specjax.heads import Heads
 from specjax.loading.heads import heads_metadata, load_heads
 from specjax.loading.load import Model, load_model
@@ -46,18 +47,22 @@ def time_rounds(
 
     Raises:
       PromptError: a prompt that `generate` refuses, or a capacity that is not a whole number of prefill chunks.
+      TreeError: no trees.
     """
+    if not trees:
+        raise TreeError("there are no trees to time; pass at least one.")
     first = MedusaDrafter(heads, trees[0]).prepare(model.params)  # before decoding: it is no part of a round
     drafters = [replace(first, heads=heads, tree=tree).prepare(model.params) for tree in trees]
     tokens = rounds * 2
     least = capacity_for(len(prompt_ids), tokens, max((tree.max_depth for tree in trees), default=0))
     new = {"max_new_tokens": tokens, "eos_token_ids": (), "capacity": max(least, capacity or 0)}
-    runs = [(drafter, prefill(model, prompt_ids, drafter=drafter, **new)) for drafter in drafters]  # type: ignore[arg-type]
-    for drafter, state in runs:
+    # One for all: between rounds Medusa keeps nothing of its own.
+    state = prefill(model, prompt_ids, drafter=drafters[0], **new)  # type: ignore[arg-type]
+    for drafter in drafters:
         jax.block_until_ready(decode(model, state, drafter=drafter, eos_token_ids=()))
-    taken: list[list[float]] = [[] for _ in runs]
+    taken: list[list[float]] = [[] for _ in drafters]
     for _ in range(repeats):
-        for times, (drafter, state) in zip(taken, runs, strict=True):
+        for times, drafter in zip(taken, drafters, strict=True):
             begin = time.perf_counter()
             done = jax.block_until_ready(decode(model, state, drafter=drafter, eos_token_ids=()))
             times.append(1e3 * (time.perf_counter() - begin) / int(done.rounds))
@@ -205,7 +210,14 @@ class RoundTime:
             rows.append(row)
             table.add_row(str(tree.size), *cells)
         console.print(table)
-        return {"experiment": self.name, "config": asdict(self), "environment": environment(), "rows": rows}
+        return {
+            "experiment": self.name,
+            "config": asdict(self),
+            "environment": environment(),
+            "model": fingerprint(model.params),
+            "heads": fingerprint((heads.params, heads.token_map)),
+            "rows": rows,
+        }
 
 
 def generic_hits(heads: Heads) -> Float[np.ndarray, "C R"]:

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 
 from specjax.analysis.simulate import check_tree
 from specjax.analysis.table import RankTable
-from specjax.errors import TreeError
+from specjax.errors import TreeError, is_whole
 from specjax.tree import Tree
 
 Path = tuple[int, ...]
@@ -34,8 +34,8 @@ class Limits:
     def __post_init__(self) -> None:
         for name in ("depth", "branching"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise TreeError(f"the {name} limit is {value}; expected at least 1, or None.")
+            if value is not None and (not is_whole(value) or value < 1):
+                raise TreeError(f"the {name} limit is {value}; expected a whole number of at least 1, or None.")
 
     def of(self, heads: int, ranks: int) -> tuple[int, int]:
         """The depth and branching that this many heads and ranks leave."""

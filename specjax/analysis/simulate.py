@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Int
 from specjax.acceptance import Acceptance, Greedy, Typical
 from specjax.analysis.table import UNLABELLED, RankTable
 from specjax.analysis.typical import typical_reach
-from specjax.errors import ConfigError, TreeError
+from specjax.errors import ConfigError, DataError, TreeError
 from specjax.tree import Tree
 
 _TREES_AT_ONCE = 32
@@ -165,7 +165,14 @@ def visited(table: RankTable, tree: Tree) -> Bool[np.ndarray, "n"]:
 
 
 def accepted_lengths(table: RankTable, tree: Tree, sequence: int) -> Int[np.ndarray, "rounds"]:
-    """Drafts committed in each round of one sequence, as `Generation.accepted_lengths`. Raises as `reach`."""
+    """Drafts committed in each round of one sequence, as `Generation.accepted_lengths`.
+
+    Raises:
+      TreeError: as `reach`.
+      DataError: a sequence that the table does not have.
+    """
+    if not 0 <= sequence < len(table.lengths):
+        raise DataError(f"sequence is {sequence}; the table has {len(table.lengths)}, counted from 0.")
     depth = reach(table, tree)
     inside = slice(table.starts[sequence], table.starts[sequence] + table.lengths[sequence])
     return np.minimum(depth, _left(table) - 1)[inside][roots_of(table, depth)[inside]]

@@ -8,6 +8,7 @@ token j, with its `log_p` and `entropy`, is row j's; head i's draft there is jud
 import functools
 import json
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ UNLABELLED = -1  # a rank past the end of its sequence
 _FORMAT, _VERSION = "specjax.ranks", 2
 _COLUMNS = ("ranks", "confidence", "log_p", "entropy", "tokens", "lengths", "categories")
 _OPTIONAL = ("draft_log_p", "typical_entropy")
+_DAMAGE = (OSError, EOFError, ValueError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 
 # Which of a table's positions count: for all heads alike, or for each.
 Where = Bool[np.ndarray, "n"] | Bool[np.ndarray, "n C"] | None
@@ -118,7 +120,13 @@ class RankTable:
         return np.bincount(column, minlength=self.cap + 1)[: self.cap] / max(len(column), 1)
 
     def calibration(self, head: int, bins: int = 10, where: Where = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Mean confidence, accuracy and count of a head's best token in equal-width bins of confidence [bins]."""
+        """Mean confidence, accuracy and count of a head's best token in equal-width bins of confidence [bins].
+
+        Raises:
+          DataError: a head that the table does not have, or fewer than one bin.
+        """
+        if not 0 <= head < self.num_heads or bins < 1:
+            raise DataError(f"head is {head}, bins {bins}; expected 0 to {self.num_heads - 1}, and at least 1.")
         labelled = self._labelled(where)[:, head]
         confidence, right = self.confidence[labelled, head], self.ranks[labelled, head] == 0
         index = np.minimum((confidence * bins).astype(int), bins - 1)
@@ -199,6 +207,16 @@ class RankTable:
             raise DataError(
                 f"the rank table's columns have {sorted(sizes | {n})} rows for lengths of {self.lengths.sum()}."
             )
+        ranks = self.ranks
+        if ranks.ndim != 2 or not ranks.shape[1] or self.confidence.shape != ranks.shape:
+            raise DataError(
+                f"the rank table has ranks of shape {ranks.shape} and confidence of {self.confidence.shape}; expected "
+                "one column per head in both."
+            )
+        if n and not UNLABELLED <= ranks.min() <= ranks.max() <= self.cap:
+            raise DataError(
+                f"the rank table has ranks from {ranks.min()} to {ranks.max()}; its cap is {self.cap}. Measure again."
+            )
         if (self.draft_log_p is None) != (self.typical_entropy is None):
             raise DataError("the rank table has one of draft_log_p and typical_entropy; expected both, or neither.")
         if not n or not self.rooted.any():
@@ -225,7 +243,12 @@ class RankTable:
         return self
 
     def save(self, path: str | Path) -> None:
-        """Writes one compressed .npz file with the manifest in it."""
+        """Writes one compressed .npz file with the manifest in it.
+
+        Raises:
+          DataError: a path that does not end in .npz.
+        """
+        check_path(path)
         header = {"format": _FORMAT, "version": _VERSION, "cap": self.cap, "manifest": self.manifest}
         columns = {name: getattr(self, name) for name in (*_COLUMNS, *_OPTIONAL) if getattr(self, name) is not None}
         columns |= {"confidence": self.confidence.astype(np.float16), "categories": np.array(self.categories)}
@@ -245,7 +268,7 @@ class RankTable:
             found = header["format"], header["version"]
             cap, manifest = int(header["cap"]), dict(header["manifest"])
         # An empty file, a zip that was cut off or is damaged, a plain .npy array, another .npz.
-        except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        except (*_DAMAGE, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{path} is not a rank table ({error!r}); make one with `specjax tree measure`.") from error
         if found != (_FORMAT, _VERSION):
             raise DataError(f"{path} has format and version {found}; expected {(_FORMAT, _VERSION)}. Measure again.")
@@ -254,3 +277,9 @@ class RankTable:
         columns = {name: data[name] for name in (*_COLUMNS, *_OPTIONAL) if name in data}
         columns |= {"confidence": data["confidence"].astype(np.float32)}
         return cls(**columns | {"categories": tuple(map(str, data["categories"]))}, cap=cap, manifest=manifest).check()
+
+
+def check_path(path: str | Path) -> None:
+    """Raises a `DataError` for a path that a table cannot be saved to: one that does not end in .npz."""
+    if Path(path).suffix != ".npz":
+        raise DataError(f"rank tables are .npz files, not {Path(path).name!r}; change the name.")

@@ -22,8 +22,10 @@ def greedy_answers(
     """Answers the first turn of every prompt, in batches of prompts of like length; the order is kept.
 
     Raises:
-      DataError: no prompts, or a model without a tokenizer.
+      DataError: no prompts, a batch size below 1, or a model without a tokenizer.
     """
+    if batch_size < 1:
+        raise DataError(f"batch_size is {batch_size}; expected at least 1.")
     if not prompts or model.tokenizer is None:
         raise DataError(f"{len(prompts)} prompts, tokenizer {model.tokenizer}; answering needs both.")
     ids = [model.tokenizer.apply_chat_template([{"role": "user", "content": p.turns[0]}]) for p in prompts]

@@ -1,5 +1,6 @@
 """The tree-search experiment: from rank tables to a tree, checked by decoding with it on this machine."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -47,6 +48,7 @@ class TreeSearch:
 
     def run(self, output_dir: Path, console: Console) -> dict[str, Any]:
         """Writes the rank tables, the chosen tree and the figures to `output_dir`, and gives the result."""
+        self._check()
         model = load_model(self.model, dtype=self.dtype)
         heads = load_heads(self.heads, model.config, dtype=self.dtype)
         path = self.ranks or packaged_ranks(self.heads)
@@ -114,6 +116,18 @@ class TreeSearch:
             "chosen_nodes": best.size,
             "chosen_speed_against_the_measured_best": speed[best.size] / max(speed.values()),
         }
+
+    def _check(self) -> None:
+        # Before prompts are answered and rounds timed, which takes minutes.
+        if not self.sizes or self.sizes[0] < 2 or any(a >= b for a, b in itertools.pairwise(self.sizes)):
+            raise ConfigError(f"sizes is {self.sizes}; expected rising numbers of nodes, the first at least 2.")
+        if unknown := sorted(set(self.timed_sizes) - set(self.sizes)):
+            raise ConfigError(f"timed_sizes has {unknown}, which sizes {self.sizes} lacks; add them there.")
+        if min(self.max_new_tokens - 1, self.timed_per_category, self.repeats) < 1:
+            raise ConfigError(
+                f"max_new_tokens is {self.max_new_tokens}, timed_per_category {self.timed_per_category}, repeats "
+                f"{self.repeats}; expected at least 2, 1 and 1."
+            )
 
     def _show(
         self,

@@ -16,6 +16,7 @@ from rich.table import Table
 from specjax import decode
 from specjax.acceptance import Acceptance, Sample
 from specjax.bench import environment
+from specjax.cache import KVCache
 from specjax.drafters.base import Drafter, NoDrafter
 from specjax.drafters.build import build_drafter
 from specjax.errors import DataError
@@ -46,18 +47,25 @@ def sample(
     tokens = np.zeros(decode.capacity_for(len(prompt_ids), length, drafter.tree.max_depth), np.int32)
     tokens[: len(prompt_ids)] = prompt_ids
 
+    n = jnp.int32(len(prompt_ids))
+    target_read = decode.read_prompt(model.params, model.config, jnp.asarray(tokens), n)
+
     @functools.partial(jax.jit, static_argnames="config")
-    def run(params: Any, config: Any, drafter: Drafter, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        n = jnp.int32(len(prompt_ids))
-        begin = functools.partial(decode.start, params, config, drafter, acceptance, (), jnp.asarray(tokens), n)
-        state = jax.vmap(functools.partial(begin, n + length))(jax.random.split(key, batch_size))
+    def run(
+        params: Any, config: Any, drafter: Drafter, key: jax.Array, features: jax.Array, cache: KVCache
+    ) -> tuple[jax.Array, jax.Array]:
+        def begin(key: jax.Array) -> decode.State:
+            prompt = (jnp.asarray(tokens), n, n + length)
+            return decode.begin(params, drafter, acceptance, (), *prompt, key, features, cache)
+
+        state = jax.vmap(begin)(jax.random.split(key, batch_size))
         state = decode.batch_loop(params, config, drafter, acceptance, (), state)
         accepted = jnp.where(jnp.arange(state.accepted.shape[1]) < state.rounds[:, None], state.accepted, 0)
         return state.tokens[:, len(prompt_ids) : len(prompt_ids) + length], accepted.sum() / state.rounds.sum()
 
     drawn, accepted = [], []
     for i in range(-(-samples // batch_size)):
-        out, drafts = run(model.params, model.config, drafter, jax.random.fold_in(key, i))
+        out, drafts = run(model.params, model.config, drafter, jax.random.fold_in(key, i), *target_read)
         drawn.append(np.asarray(out))
         accepted.append(float(drafts))
         progress(batch_size)

@@ -5,8 +5,9 @@ passes. Whether head i's candidate passes was recorded under the law after the t
 typical acceptance lets in, the target might judge otherwise. The walk goes on along the text, too. Hence an error:
 `on_text` says where there is none in the judgements.
 
-Seen: on SmolLM2's answers to eight prompts (437 tokens, bfloat16, T 0.7) and a tree of 7 nodes, 82% of the rounds were
-judged rightly, and tokens per round came out 2.2% below the decoder's.
+Seen (tests/real/test_typical.py: the small Qwen2 that ships as a draft, its heads, 12 answers of 48 tokens, T 0.7, a
+tree of 22 nodes): with the paper's epsilon and delta 57% of the rounds are judged rightly, and tokens per round come
+out 9.9% below the decoder's; with stricter rules 69%, and 7.3% below or right.
 """
 
 import numpy as np

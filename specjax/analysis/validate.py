@@ -14,11 +14,12 @@ import numpy as np
 from specjax.analysis.search import UNLIMITED, Limits, greedy_tree, joint_tree, sequoia_tree
 from specjax.analysis.simulate import Simulation, rounds_by_sequence, simulate, visited
 from specjax.analysis.table import RankTable
+from specjax.errors import ConfigError
 from specjax.tree import Tree
 
 _FOLDS = 5
 _SHRINKAGES = (16.0, 64.0, 256.0)
-_MARGIN = 2.0  # standard errors that a saving must exceed: many candidates are tried
+_MARGIN = 3.0  # standard errors that a saving must exceed: many candidates are tried, at many sizes
 _REPEATS = 3  # of the search at the roots that the tree before visits
 
 Search = Callable[[RankTable, int, Limits], Tree]
@@ -28,7 +29,7 @@ def validated(table: RankTable, size: int, limits: Limits, *, walk: bool) -> Tre
     """The joint search with the shrinkage that cross-validation prefers, or the independent tree.
 
     The sequences are dealt into folds. Every candidate is searched on the other folds and decodes each; the one that
-    saves the most rounds over the independent tree, two standard errors over sequences deducted, is searched again on
+    saves the most rounds over the independent tree, three standard errors over sequences deducted, is searched again on
     the whole table. If nothing is left after the deduction, the independent tree stays.
 
     Args:
@@ -44,7 +45,8 @@ def validated(table: RankTable, size: int, limits: Limits, *, walk: bool) -> Tre
     pieces = _pieces(table)
     if size == 1 or len(pieces.lengths) < 2:
         return independent
-    fold = np.arange(len(pieces.lengths)) % _FOLDS
+    # Dealt category by category, so that every fold has some of each.
+    fold = np.argsort(np.argsort(np.array(pieces.categories), kind="stable"), kind="stable") % _FOLDS
     candidates: dict[str, Search] = {"independent": lambda part, size, limits: greedy_tree(part.hits(), size, limits)}
     for shrinkage in _SHRINKAGES:
         candidates[f"joint law, shrinkage {shrinkage:g}"] = functools.partial(joint_tree, shrinkage=shrinkage)
@@ -108,7 +110,10 @@ def search_trees(
 
     Raises:
       TreeError: a size below 1 or beyond what heads, ranks and limits allow.
+      ConfigError: an unknown search.
     """
+    if search not in SEARCHES:
+        raise ConfigError(f"no search is called {search!r}; there are {', '.join(SEARCHES)}.")
     found = simulate(table, [SEARCHES[search](table, size, limits) for size in sizes])
     known = {"limits": asdict(limits), "table": dict(table.manifest)}
     return [

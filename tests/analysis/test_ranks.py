@@ -1,5 +1,6 @@
 """Rank tables and the simulator against what the decoder really does."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -246,6 +247,8 @@ def test_refusals(case, tmp_path):
         measure(model, heads, [Text([1, 2], [3])])
     with pytest.raises(sj.DataError, match="cap is 0"):
         measure(model, heads, texts, cap=0)
+    with pytest.raises(sj.ConfigError, match="heads are for hidden size 8 and vocabulary 61, the target has 16"):
+        measure(model, noisy_heads(tiny_model(hidden_size=8), 2), texts)
     with pytest.raises(sj.TreeError, match="6 deep, the table has 5"):
         simulate(table, [sj.Tree.chain(6)])
     with pytest.raises(sj.TreeError, match="rank 61, the table knows ranks below 61"):
@@ -264,6 +267,18 @@ def test_refusals(case, tmp_path):
         table.category("three")
     with pytest.raises(sj.DataError, match="k is 62"):
         table.accuracy(62)
+    for wrong in ((5, 10), (-1, 10), (0, 0)):
+        with pytest.raises(sj.DataError, match=rf"head is {wrong[0]}, bins {wrong[1]}; expected 0 to 4"):
+            table.calibration(*wrong)
+    for sequence in (-1, 6):
+        with pytest.raises(sj.DataError, match=f"sequence is {sequence}; the table has 6"):
+            accepted_lengths(table, TREES[0], sequence)
+    with pytest.raises(sj.DataError, match=r"ranks from -1 to \d+; its cap is 30"):
+        dataclasses.replace(table, cap=30).check()
+    with pytest.raises(sj.DataError, match="one column per head"):
+        dataclasses.replace(table, ranks=table.ranks[:, 0]).check()
+    with pytest.raises(sj.DataError, match=r"rank tables are \.npz files, not 'table'"):
+        table.save(tmp_path / "table")
     with pytest.raises(sj.DataError, match="uses all 5 heads"):
         table.conditional((0,) * 5)
     with pytest.raises(sj.DataError, match=r"path is \(61,\); this table knows ranks from 0 to 60"):
@@ -279,6 +294,14 @@ def test_refusals(case, tmp_path):
             file.write_bytes(content)
         with pytest.raises(sj.DataError, match="is not a rank table"):
             RankTable.load(file)
+    content, rng = whole.read_bytes(), np.random.default_rng(0)
+    for _ in range(200):  # damage anywhere
+        broken = bytearray(content)
+        for at in rng.integers(0, len(content), 2):
+            broken[at] ^= 0xFF
+        (tmp_path / "broken.npz").write_bytes(broken)
+        with contextlib.suppress(sj.DataError):  # nothing else may come of it; some bytes do not matter
+            RankTable.load(tmp_path / "broken.npz")
     with np.load(whole) as file:
         columns = {name: file[name] for name in file}
     header = json.loads(str(columns["header"]))

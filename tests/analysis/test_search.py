@@ -1,6 +1,8 @@
 """Tree searches against brute force over all trees, their limits, and round times."""
 
 import itertools
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -148,7 +150,7 @@ def shipped():
 def test_joint_is_not_worse_than_independent_on_the_other_half_of_the_shipped_table(shipped, direction):
     searched, held_out = (shipped.select(lambda i, side=side: i % 2 == side) for side in (direction, 1 - direction))
     gains = {"joint": 0.0, "walk": 0.0}
-    for size in (2, 4, 6, 8, 12, 16, 24, 32, 48, 64):
+    for size in (*range(2, 25, 2), *range(28, 65, 4), 54, 58):
         trees = [SEARCHES[name](searched, size, Limits()) for name in ("independent", *gains)]
         independent, *others = rounds_by_sequence(held_out, trees)
         for name, rounds in zip(gains, others, strict=True):
@@ -162,12 +164,18 @@ def test_joint_is_not_worse_than_independent_on_the_other_half_of_the_shipped_ta
     assert all(gain > 0 for gain in gains.values())  # and somewhere better
 
 
+def test_the_demos_bfloat16_tree_is_the_searchs(shipped):
+    demo = runpy.run_path(str(Path(__file__).parents[2] / "experiments" / "smollm2_medusa.py"))["get_config"]()
+    (method,) = [method for method in demo.methods if method.name == "medusa_bf16"]
+    assert sj.Tree.parse(method.tree) == SEARCHES["walk"](shipped, 6, Limits())
+
+
 @pytest.mark.parametrize("direction", [0, 1])
 def test_joint_is_not_worse_on_a_table_that_its_margin_was_not_chosen_on(direction):
     """The small Qwen2's heads: too little text for most joint laws, which then leave the independent tree alone."""
     table = RankTable.load(packaged_ranks("smollm2-draft"))
     searched, held_out = (table.select(lambda i, side=side: i % 2 == side) for side in (direction, 1 - direction))
-    for size in (2, 4, 6, 8, 12, 16, 24, 32, 48, 64):
+    for size in (*range(2, 33, 2), 40, 48, 56, 64):
         trees = [SEARCHES[name](searched, size, Limits()) for name in ("independent", "joint", "walk")]
         independent, joint, walk = (rounds.sum() for rounds in rounds_by_sequence(held_out, trees))
         assert joint <= independent
@@ -195,6 +203,10 @@ def test_visited_roots_are_where_rounds_begin():
 
 def test_search_refusals():
     table = table_of(0)
+    with pytest.raises(sj.ConfigError, match="no search is called 'best'; there are walk, joint"):
+        search_trees(table, [4], search="best")
+    with pytest.raises(sj.TreeError, match=r"depth limit is 2\.5"):
+        Limits(depth=2.5)
     for name, search in SEARCHES.items():
         with pytest.raises(sj.TreeError, match="size is 0"):
             search(table, 0, Limits())

@@ -86,6 +86,12 @@ def test_optimise_says_when_no_tree_pays_and_refuses_times_of_another_dtype(rank
     for one in (command, ["tree", "simulate", "--ranks", str(ranks), "chain:1", "--round-times", str(times)]):
         assert main(one) == 2
         assert "timed in bfloat16, the ranks measured in float32" in capsys.readouterr().err
+    times.write_text(json.dumps({"rows": rows, "heads": "others"}))
+    assert main(command) == 2
+    assert "timed with heads others" in capsys.readouterr().err
+    times.write_text(json.dumps({"rows": rows, "environment": {"device": "abacus", "cpu_count": 1}}))
+    assert main(command) == 0
+    assert "was timed on abacus with 1 cores" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -139,6 +145,12 @@ def test_rounds_are_timed_after_prompts_of_any_length(checkpoint):
     assert 0 < taken["min"] <= taken["median"] <= taken["max"]
 
 
+def test_no_trees_are_not_timed(checkpoint):
+    model = sj.load_model(checkpoint)
+    with pytest.raises(sj.TreeError, match="no trees to time"):
+        time_rounds(model, sj.load_heads(checkpoint / "heads", model.config), [], [1])
+
+
 def test_samples_are_of_every_category():
     categories = ["chat", "code"] * 5
     assert per_category(categories, 2) == [0, 1, 2, 3]
@@ -154,7 +166,11 @@ def test_bench_gives_round_times(checkpoint, ranks, tmp_path, capsys):
     result = json.loads((tmp_path / "result.json").read_text())
     assert [row["nodes"] for row in result["rows"]] == [1, 3]
     times = str(tmp_path / "result.json")
+    capsys.readouterr()
     assert main(["tree", "optimise", "--ranks", str(ranks), "--round-times", times]) == 0
+    assert "was timed on" not in capsys.readouterr().out
+    manifest = RankTable.load(ranks).manifest
+    assert (result["model"], result["heads"]) == (manifest["model"], manifest["heads"])
 
 
 def test_bench_takes_heads_without_recorded_accuracies(checkpoint, tmp_path):
@@ -191,6 +207,8 @@ def test_tables_of_other_heads_are_refused(checkpoint, ranks, tmp_path, capsys):
         (["optimise", "--ranks", "nowhere.npz", "--nodes", "4"], "nowhere.npz"),
         (["optimise", "--ranks", "RANKS", "--nodes", "0"], "size is 0"),
         (["optimise", "--ranks", "RANKS", "--round-times", "nowhere.json"], "nowhere.json"),
+        (["optimise", "--ranks", "nowhere.npz", "--nodes", "4", "--save", "my tree"], "'my tree' is no place"),
+        (["optimise", "--ranks", "nowhere.npz", "--nodes", "4", "--save", "chain"], "take another name"),
         (["simulate", "--ranks", "RANKS", "chain:5"], "5 deep"),
         (["simulate", "--ranks", "RANKS", "nonsense"], "nonsense"),
         (["simulate", "--ranks", "RANKS", "paths:12", "--typical", "0.09", "0.3"], "ranks below 10"),
@@ -249,6 +267,39 @@ def test_the_rank_pass_reports_speed_and_memory(checkpoint, prompts, tmp_path):
     assert result["tokens"] >= 200
     assert RankTable.load(tmp_path / "pass.ranks.npz").manifest["tokens_per_second"] == result["tokens_per_second"]
     assert min(result["peak_bytes_before_the_pass"], result["peak_bytes"], result["simulation_seconds"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"nodes": 2000}, "size is 2000"),
+        ({"max_new_tokens": 1}, "no answer has two tokens"),
+        ({"batch_size": 0}, "batch_size is 0"),
+    ],
+)
+def test_a_rank_pass_that_cannot_be_is_refused(checkpoint, prompts, tmp_path, changes, message):
+    from rich.console import Console
+
+    config = RankPass("tiny", str(checkpoint), str(checkpoint / "heads"), "float32", str(prompts), **changes)
+    with pytest.raises(sj.SpecJaxError, match=message):
+        config.run(tmp_path, Console())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sizes": (8, 4)}, r"sizes is \(8, 4\)"),
+        ({"sizes": (1, 2)}, r"sizes is \(1, 2\)"),
+        ({"sizes": ()}, r"sizes is \(\)"),
+        ({"sizes": (2, 4), "timed_sizes": (4, 6)}, r"timed_sizes has \[6\]"),
+        ({"repeats": 0}, "repeats 0"),
+    ],
+)
+def test_a_tree_search_that_cannot_be_is_refused_at_once(tmp_path, changes, message):
+    from rich.console import Console
+
+    with pytest.raises(sj.ConfigError, match=message):
+        TreeSearch("tiny", "nowhere", "nowhere", **changes).run(tmp_path, Console())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux forgets a peak")

@@ -110,22 +110,33 @@ def exact_law(vocab, acceptance):
     return law
 
 
+@functools.cache
+def prompt_read(vocab):
+    """What a generation begins with: the prompt in its buffer, its length, and what the target made of it."""
+    text = prompt(vocab)
+    tokens, n = jnp.zeros(SLOTS, jnp.int32).at[: len(text)].set(text), jnp.int32(len(text))
+    return tokens, n, *decode.read_prompt(mock(vocab).params, mock(vocab).config, tokens, n)
+
+
 def empirical_law(vocab, acceptance, drafter):
     """Counts over RUNS independent generations, and the mean number of drafts accepted in a round."""
-    model, text = mock(vocab), prompt(vocab)
-    tokens, n = jnp.zeros(SLOTS, jnp.int32).at[: len(text)].set(text), jnp.int32(len(text))
+    model = mock(vocab)
 
-    @jax.jit  # everything but the config is an argument: the compiler would spend seconds on folding constants
-    def batch(params, drafter, tokens, n, key):
-        plan = (params, model.config, drafter, acceptance, ())
-        states = jax.vmap(functools.partial(decode.start, *plan, tokens, n, n + LENGTH))(jax.random.split(key, BATCH))
-        states = decode.batch_loop(*plan, states)
+    # Everything but the config is an argument: the compiler would spend seconds on folding constants. It runs often
+    # enough for some optimisation to pay (tests/conftest.py turns it off).
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 1})
+    def batch(params, drafter, key, tokens, n, features, cache):
+        def begin(key):
+            return decode.begin(params, drafter, acceptance, (), tokens, n, n + LENGTH, key, features, cache)
+
+        states = jax.vmap(begin)(jax.random.split(key, BATCH))
+        states = decode.batch_loop(params, model.config, drafter, acceptance, (), states)
         said = jax.lax.dynamic_slice_in_dim(states.tokens, n, LENGTH, axis=1)
         return said, (LENGTH - 1 - states.rounds).mean()
 
     counts, accepted = np.zeros([vocab] * LENGTH), []
     for i in range(RUNS // BATCH):
-        out, drafts = batch(model.params, drafter.prepare(model.params), tokens, n, fast_key(i))
+        out, drafts = batch(model.params, drafter.prepare(model.params), fast_key(i), *prompt_read(vocab))
         np.add.at(counts, tuple(np.asarray(out).T), 1)
         accepted.append(float(drafts))
     return counts, np.mean(accepted)
