@@ -27,9 +27,9 @@ Against the fastest baseline (float32, 48.5 tokens a second; bfloat16 47.7) the 
 
 Without AVX-512 (Zen 3; `result_zen3.json`; 6:52 with installation): medusa in float32 with 4 nodes 1.36 tokens per
 round, 0.94 (0.75-1.23); ngram+medusa 1.63, 1.09 (0.74-1.73); medusa_bf16 1.43, 1.02 (0.84-1.42), ngram+medusa_bf16
-1.70, 1.17 (0.64-1.94), against float32's baseline 0.91 (0.81-1.17) and 1.05 (0.68-1.60). 10 of 10 the same in float32,
-8 of 10 in bfloat16. On a Zen 5, with heads trained on 436,000 tokens, 50 prompts of 128 tokens: medusa in bfloat16 with 6 nodes 1.46, 1.22
-(0.83-1.57).
+1.70, 1.17 (0.64-1.94), against float32's baseline 0.91 (0.81-1.17) and 1.05 (0.68-1.60). 10 of 10 the same in
+float32, 8 of 10 in bfloat16. On a Zen 5, with heads trained on 436,000 tokens, 50 prompts of 128 tokens: medusa in
+bfloat16 with 6 nodes 1.46, 1.22 (0.83-1.57).
 """
 
 from specjax.experiment import DecodeExperiment, Decoding, Method, Prompts
