@@ -12,7 +12,7 @@ thousand trees of 64 nodes over it 2.5 s.
 
 On an AMD EPYC Zen 4 with AVX-512 bf16, nothing else running, prompts answered 16 at a time in place of 4
 (`result_zen4.json`): 200,124 tokens at 263 a second, compilation included; 2.005e9 bytes at most in the pass, 2.33e9
-before it, both because of what the larger batches left behind; a thousand trees 1.4 s.
+before it; a thousand trees 1.4 s. With batches of 4 it has not been run there.
 
 The table repeats the answers to 50 prompts, which speeds up the simulation: every pattern of ranks is looked up once.
 Over 200,000 random ranks a thousand trees take less than 10 s of CPU time (tests/real/test_simulation_speed.py).

@@ -2,10 +2,10 @@
 
     specjax run experiments/tree_search_smollm2.py
 
-Record (2 CPU cores, AMD EPYC Zen 3, AVX2, jax 0.10.2, float32; result and figures are in `records`). Searched on the
-table beside the heads (19,966 held-out tokens), checked on the model's answers to the 50 shipped prompts (5,300
-tokens), timed on 10 of these prompts, 128 tokens each, two runs: all outputs as without a drafter. Trees of the walk
-search, medians:
+Record (2 CPU cores, AMD EPYC Zen 3, AVX2, jax 0.10.2, float32, a reviewer reading files meanwhile; result and figures
+are in `records`). Searched on the table beside the heads (19,966 held-out tokens), checked on the model's answers to
+the 50 shipped prompts (5,300 tokens), timed on 10 of these prompts, 128 tokens each, two runs: all outputs as without
+a drafter. Trees of the walk search, medians:
 
     nodes   tokens per round                 round   tokens per second, 10 prompts             speed-up
             searched  50 prompts  10 prompts  ms     predicted   predicted   measured         (min-max over prompts)
@@ -24,7 +24,7 @@ they are 13.4% below the prediction on average, 14.9% at most; on text of the sa
 held-out conversations and simulated on the other, both ways, 0.1% on average, 2.3% at most (8 nodes). The searches
 differ little: at 64 nodes all give 1.929 on the shipped prompts, at 48 nodes walk 1.900, joint 1.883, independent and
 Sequoia 1.889: on text of another kind than searched the joint search can lose, there by 0.3%. Any tree of depth 4
-with ranks below 32 would give 2.50. Rounds of 6 nodes cost as much as of 8, of 12 as much as of 16: both take 8 and
+with ranks below 32 would give 2.50. Rounds of 6 nodes cost about as much as of 8, of 12 as of 16: both take 8 and
 16 rows (`model.fast_rows`).
 
 Since then a joint law must beat independent heads by three standard errors, not by two, which changes two walk trees:

@@ -1,8 +1,8 @@
 """Requests: checked on the host, then decoded on the device.
 
-`generate` runs a jitted prefill and a jitted `lax.while_loop` of rounds without touching the host in between; `stream`
-drives the same round from Python and syncs once a round. `prefill`, `decode` and `summarise` are the parts, for those
-who time or batch them. What is traced stands in `specjax.loop`.
+`generate` runs jitted programs, the prefill's and a `lax.while_loop` of rounds, without touching the host in between;
+`stream` drives the same round from Python and syncs once a round. `prefill`, `decode` and `summarise` are the parts,
+for those who time or batch them. What is traced stands in `specjax.loop`.
 """
 
 import dataclasses

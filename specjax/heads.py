@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from specjax.config import ModelConfig
 from specjax.errors import ConfigError
 from specjax.model import dot
 from specjax.params import Params
@@ -100,6 +101,15 @@ class Heads:
     params: Any
     token_map: Int[Array, "R"] | None
     config: MedusaConfig = field(metadata={"static": True})
+
+    def check(self, target: ModelConfig) -> None:
+        """Raises a `ConfigError` for a target of another width or vocabulary."""
+        mine = self.config
+        if (mine.hidden_size, mine.vocab_size) != (target.hidden_size, target.vocab_size):
+            raise ConfigError(
+                f"the heads are for hidden size {mine.hidden_size} and vocabulary {mine.vocab_size}, the target has "
+                f"{target.hidden_size} and {target.vocab_size}; load heads that were trained on this model."
+            )
 
     def first(self, count: int) -> "Heads":
         """The first `count` heads alone, without the weights of the others.

@@ -326,12 +326,8 @@ def test_public_entry_points_compile_once(name):
         }[name]()
         prompt, key = np.arange(n) % 61, jax.random.key(seed)
         request = {
-            "drafter": drafter,
-            "acceptance": sample,
-            "capacity": 192,
-            "max_new_tokens": n,
-            "eos_token_ids": (7,),
-        }
+            "drafter": drafter, "acceptance": sample, "capacity": 192, "max_new_tokens": n, "eos_token_ids": (7,),
+        }  # fmt: skip
         sj.generate(model, prompt, key=key, **request)
         list(sj.stream(model, prompt, key=key, **request))
         sj.generate_batch(model, [prompt, prompt[:1]], keys=jax.random.split(key, 2), **request)

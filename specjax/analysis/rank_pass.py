@@ -47,7 +47,7 @@ class RankPass:
 
     def run(self, output_dir: Path, console: Console) -> dict[str, Any]:
         """Writes the table to `output_dir` and gives speed, peak memory and the time of the simulation."""
-        for name in ("tokens", "trees", "batch_size"):
+        for name in ("tokens", "trees"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected at least 1.")
         model = load_model(self.model, dtype=self.dtype)

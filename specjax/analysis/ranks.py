@@ -17,7 +17,6 @@ from jaxtyping import Array, Float, Int
 
 from specjax.analysis.table import UNLABELLED, RankTable
 from specjax.config import ModelConfig
-from specjax.drafters.medusa import MedusaDrafter
 from specjax.errors import DataError
 from specjax.fingerprint import fingerprint, float_dtype
 from specjax.heads import Heads, draft_projection, project
@@ -25,7 +24,6 @@ from specjax.loading.load import Model
 from specjax.model import forward, unembed
 from specjax.params import Params
 from specjax.training.losses import IGNORED, future_labels, label_ranks, reduce_labels
-from specjax.tree import Tree
 
 _CHUNK = 128  # positions whose LM-head logits exist at once
 _PADDING = 256  # sequences are padded to a multiple of this, so that few lengths compile
@@ -79,7 +77,7 @@ def measure(
     check_measure(cap, typical_temperature)
     if not 1 <= candidates <= heads.config.output_size and typical_temperature is not None:
         raise DataError(f"candidates is {candidates}; these heads allow 1 to {heads.config.output_size}.")
-    MedusaDrafter(heads, Tree.chain(1)).check(model)
+    heads.check(model.config)
     projection = draft_projection(heads, model.params.unembedding)
     vocab, token_map = model.config.vocab_size, heads.token_map
     columns: list[tuple[np.ndarray, ...]] = []

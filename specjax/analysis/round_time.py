@@ -54,7 +54,7 @@ def time_rounds(
     first = MedusaDrafter(heads, trees[0]).prepare(model.params)  # before decoding: it is no part of a round
     drafters = [replace(first, heads=heads, tree=tree).prepare(model.params) for tree in trees]
     tokens = rounds * 2
-    least = capacity_for(len(prompt_ids), tokens, max((tree.max_depth for tree in trees), default=0))
+    least = capacity_for(len(prompt_ids), tokens, max(tree.max_depth for tree in trees))
     new = {"max_new_tokens": tokens, "eos_token_ids": (), "capacity": max(least, capacity or 0)}
     # One for all: between rounds Medusa keeps nothing of its own.
     state = prefill(model, prompt_ids, drafter=drafters[0], **new)  # type: ignore[arg-type]

@@ -26,7 +26,11 @@ UNLABELLED = -1  # a rank past the end of its sequence
 _FORMAT, _VERSION = "specjax.ranks", 2
 _COLUMNS = ("ranks", "confidence", "log_p", "entropy", "tokens", "lengths", "categories")
 _OPTIONAL = ("draft_log_p", "typical_entropy")
-_DAMAGE = (OSError, EOFError, ValueError, NotImplementedError, zipfile.BadZipFile, zlib.error)
+# What reading gives for an empty file, a zip that was cut off or is damaged, a plain .npy array, another .npz.
+_DAMAGE = (
+    OSError, EOFError, ValueError, NotImplementedError, zipfile.BadZipFile, zlib.error, KeyError, TypeError,
+    AttributeError,
+)  # fmt: skip
 
 # Which of a table's positions count: for all heads alike, or for each.
 Where = Bool[np.ndarray, "n"] | Bool[np.ndarray, "n C"] | None
@@ -267,8 +271,7 @@ class RankTable:
             header = json.loads(str(data["header"]))
             found = header["format"], header["version"]
             cap, manifest = int(header["cap"]), dict(header["manifest"])
-        # An empty file, a zip that was cut off or is damaged, a plain .npy array, another .npz.
-        except (*_DAMAGE, KeyError, TypeError, AttributeError) as error:
+        except _DAMAGE as error:
             raise DataError(f"{path} is not a rank table ({error!r}); make one with `specjax tree measure`.") from error
         if found != (_FORMAT, _VERSION):
             raise DataError(f"{path} has format and version {found}; expected {(_FORMAT, _VERSION)}. Measure again.")

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from specjax.drafters.base import Context
-from specjax.errors import ConfigError, TreeError
+from specjax.errors import TreeError
 from specjax.heads import Heads, draft_projection, top_tokens
 from specjax.loading.load import Model
 from specjax.params import Params
@@ -43,12 +43,8 @@ class MedusaDrafter:
           ConfigError: heads of another width or vocabulary than the target's.
           TreeError: a tree deeper than there are heads, or wider than the vocabulary.
         """
-        heads, config = self.heads.config, target.config
-        if (heads.hidden_size, heads.vocab_size) != (config.hidden_size, config.vocab_size):
-            raise ConfigError(
-                f"the heads are for hidden size {heads.hidden_size} and vocabulary {heads.vocab_size}, the target has "
-                f"{config.hidden_size} and {config.vocab_size}; load heads that were trained on this model."
-            )
+        self.heads.check(target.config)
+        heads = self.heads.config
         if self.tree.max_depth > heads.num_heads:
             raise TreeError(
                 f"the tree is {self.tree.max_depth} deep, but there are {heads.num_heads} heads; take a shallower one."

@@ -148,6 +148,7 @@ def shipped():
 
 @pytest.mark.parametrize("direction", [0, 1])
 def test_joint_is_not_worse_than_independent_on_the_other_half_of_the_shipped_table(shipped, direction):
+    # The margin of `validated` was chosen on this table and the next one. Of all sizes, 55 is known to lose here.
     searched, held_out = (shipped.select(lambda i, side=side: i % 2 == side) for side in (direction, 1 - direction))
     gains = {"joint": 0.0, "walk": 0.0}
     for size in (*range(2, 25, 2), *range(28, 65, 4), 54, 58):
@@ -171,8 +172,8 @@ def test_the_demos_bfloat16_tree_is_the_searchs(shipped):
 
 
 @pytest.mark.parametrize("direction", [0, 1])
-def test_joint_is_not_worse_on_a_table_that_its_margin_was_not_chosen_on(direction):
-    """The small Qwen2's heads: too little text for most joint laws, which then leave the independent tree alone."""
+def test_joint_is_not_worse_on_the_other_half_of_the_small_qwen2s_table(direction):
+    """Too little text for most joint laws, which then leave the independent tree alone."""
     table = RankTable.load(packaged_ranks("smollm2-draft"))
     searched, held_out = (table.select(lambda i, side=side: i % 2 == side) for side in (direction, 1 - direction))
     for size in (*range(2, 33, 2), 40, 48, 56, 64):
