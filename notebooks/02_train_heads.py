@@ -38,7 +38,8 @@ print(target.config.family, "of", sum(leaf.size for leaf in jax.tree.leaves(targ
 #
 # We let the model answer templated questions, at temperature 0.7. `answer` decodes a batch by `vmap` and keeps the hidden
 # state that predicted every token, so that no second pass over the text is needed. A second batch is held out. The model
-# speaks SmolLM2's 8,191 most frequent tokens; the last of its rows stands for all others.
+# speaks SmolLM2's 8,191 most frequent tokens; the last of its rows stands for all others. So small a model rambles, but
+# heads need not judge a text: they have to predict what their target says, whatever that is.
 
 # %%
 tokenizer = sj.load_model("smollm2-135m-instruct", dtype="bfloat16").tokenizer

@@ -36,7 +36,7 @@ heads = sj.load_heads(name, model.config, dtype="float32")
 # A second one is measured here, on prompts of five kinds that are nothing like the training text.
 
 # %%
-distilled = lab.RankTable.load(lab.packaged_ranks(name))
+distilled = lab.RankTable.load(lab.packaged_ranks(name)).check(model, heads, any_dtype=True)  # of these very weights
 prompts = lab.load_prompts()
 prompts = [prompts[i] for i in lab.per_category([p.category for p in prompts], 2)]
 fresh = lab.measure(model, heads, lab.greedy_answers(model, prompts, max_new_tokens=64, batch_size=5))
@@ -74,9 +74,15 @@ for rank in range(3):
 
 # %% [markdown]
 # ## Are heads right as often as they think?
+#
+# On the dashed line they would be. Below it a head is overconfident: right less often than it believes. A draft's own
+# probability therefore says which drafts are better than others, but not how often they will be accepted: that is counted.
 
 # %%
 display(lab.rank_plots.calibration(distilled))
+for head in range(distilled.num_heads):
+    believed, right = distilled.confidence[distilled.rooted, head].mean(), distilled.accuracy(1)[head]
+    print(f"head {head + 1} gives its best token {believed:.2f} on average, and is right {right:.2f} of the time")
 
 # %% [markdown]
 # ## Where the target is sure
@@ -99,7 +105,8 @@ for quarter in range(4):
 # ## Along a text
 #
 # Drafts are accepted in stretches. Decoding with a tree of 29 nodes would commit the shaded tokens as drafts, the darker
-# the further ahead they were drafted: fixed phrases and the ends of words are easy, the beginnings of new thoughts are not.
+# the further ahead they were drafted. The shading runs on where the text can hardly go on otherwise, in set phrases and
+# in words that stood in the question or just before, and breaks off where it could have gone several ways.
 
 # %%
 tree = sj.Tree.cartesian((4, 3, 1))

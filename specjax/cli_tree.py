@@ -16,7 +16,8 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
     show = trees.add_parser("show", help="draw a tree")
     show.add_argument("tree", help=TREE_HELP)
-    show.add_argument("--png", type=Path, help="also draw it into this file")
+    show.add_argument("--png", type=Path, metavar="FILE.png", help="also draw it into this file")
+    show.add_argument("--ranks", type=Path, help="with --png: write on each edge how often it is right in this table")
     show.set_defaults(function=_show)
 
     measure = trees.add_parser("measure", help="record the heads' ranks on the model's own answers")
@@ -24,6 +25,7 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     measure.add_argument("--heads", required=True)
     measure.add_argument("--prompts", help="Spec-Bench JSONL (default: the prompts that ship with specjax)")
     measure.add_argument("--max-new-tokens", type=int, default=128)
+    measure.add_argument("--batch-size", type=int, default=16, help="prompts answered at once; fewer take less memory")
     measure.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     measure.add_argument("--cap", type=int, default=32, help="ranks from here on are not told apart")
     measure.add_argument(
@@ -58,7 +60,7 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     bench.add_argument("--model", required=True)
     bench.add_argument("--heads", required=True)
     bench.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    bench.add_argument("--sizes", type=int, nargs="+", default=[1, 2, 4, 8, 12, 16, 24, 32, 48, 64])
+    bench.add_argument("--sizes", type=int, nargs="+", help="default: 1 to 64, closest where steps are")
     bench.add_argument("--output-dir", type=Path, default=Path("results/bench"))
     bench.set_defaults(function=_bench)
 
@@ -78,18 +80,28 @@ def _list(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _show(options: argparse.Namespace, rest: list[str]) -> int:
+    from specjax.errors import ConfigError
     from specjax.tree import Tree
 
+    if options.png and options.png.suffix != ".png":
+        raise ConfigError(f"--png is {options.png}; it must end in .png.")
+    if options.ranks and not options.png:
+        raise ConfigError(f"--ranks is {options.ranks}, but nothing is drawn; add --png FILE.png.")
     tree = Tree.parse(options.tree)
     print(tree.ascii())
     print(f"{tree.size} nodes, depth {tree.max_depth}, {len(tree.leaves)} paths")
+    if tree.provenance:
+        print("provenance:", json.dumps(dict(tree.provenance)))
     if options.png:
         from matplotlib.figure import Figure
 
+        from specjax.analysis.rank_plots import edge_acceptance
+        from specjax.analysis.table import RankTable
         from specjax.analysis.tree_plot import draw_tree
 
         figure = Figure(figsize=(9, 6), layout="constrained")
-        draw_tree(tree, figure.add_subplot())
+        rates = None if options.ranks is None else edge_acceptance(RankTable.load(options.ranks), tree).tolist()
+        draw_tree(tree, figure.add_subplot(), edge_values=rates)
         figure.savefig(options.png, dpi=130)
         print(f"wrote {options.png}")
     return 0
@@ -108,7 +120,7 @@ def _measure(options: argparse.Namespace, rest: list[str]) -> int:
     prompts = load_prompts(options.prompts)
     model = sj.load_model(options.model, dtype=options.dtype)
     heads = sj.load_heads(options.heads, model.config, dtype=options.dtype)
-    texts = greedy_answers(model, prompts, max_new_tokens=options.max_new_tokens)
+    texts = greedy_answers(model, prompts, max_new_tokens=options.max_new_tokens, batch_size=options.batch_size)
     texts = [text for text in texts if len(text.answer) > 1]
     table = measure(model, heads, texts, cap=options.cap, typical_temperature=options.typical_temperature)
     table.save(options.save)
@@ -151,10 +163,10 @@ def _optimise(options: argparse.Namespace, rest: list[str]) -> int:
     Console().print(view)
     best = found[0].tree
     if times is not None:
-        gains = [times.speedup(one.tree.size, one.tokens_per_round) for one in found]
-        best = found[gains.index(max(gains))].tree
-        if max(gains) <= 1:
-            print(f"No tree pays here: the best is predicted at {max(gains):.2f} of autoregressive decoding.")
+        fastest = times.fastest(found)
+        best, gain = fastest.tree, times.speedup(fastest.tree.size, fastest.tokens_per_round)
+        if gain <= 1:
+            print(f"No tree pays here: the best is predicted at {gain:.2f} of autoregressive decoding.")
         best = replace(best, provenance={**best.provenance, "round_times": asdict(times)})
     print(best.ascii())
     if options.save:
@@ -232,7 +244,7 @@ def _round_times(path: Path | None, table):  # type: ignore[no-untyped-def]  # R
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read the round times {path} ({error}); make them with `specjax bench`.") from error
     times, dtype = RoundTimes.from_result(result), table.manifest.get("dtype")
-    timed = result.get("config", {}).get("dtype", dtype)
+    timed = (result.get("config") or {}).get("dtype", dtype)
     if timed != dtype:
         raise DataError(f"the rounds of {path} were timed in {timed}, the ranks measured in {dtype}; use one dtype.")
     for name in ("model", "heads"):
@@ -242,7 +254,7 @@ def _round_times(path: Path | None, table):  # type: ignore[no-untyped-def]  # R
                 f"the rounds of {path} were timed with {name} {theirs}, the ranks measured with {ours}: other weights. "
                 "Time these, `specjax bench`."
             )
-    places = result.get("environment", {}), environment()
+    places = result.get("environment") or {}, environment()
     then, now = (tuple(place.get(key) for key in ("device", "cpu_count")) for place in places)
     if then not in (now, (None, None)):
         print(
@@ -254,8 +266,8 @@ def _round_times(path: Path | None, table):  # type: ignore[no-untyped-def]  # R
 def _bench(options: argparse.Namespace, rest: list[str]) -> int:
     from rich.console import Console
 
-    from specjax.analysis.round_time import RoundTime
+    from specjax.analysis.round_time import SIZES, RoundTime
     from specjax.experiment import run_config
 
-    config = RoundTime("bench", options.model, options.heads, options.dtype, tuple(options.sizes))
+    config = RoundTime("bench", options.model, options.heads, options.dtype, tuple(options.sizes or SIZES))
     return run_config(config, options.output_dir, Console())

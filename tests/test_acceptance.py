@@ -8,6 +8,7 @@ import pytest
 import specjax as sj
 from specjax import reference
 from specjax.acceptance import Proposal, top_token
+from specjax.sampling import warp
 
 TREES = [sj.Tree.chain(3), sj.Tree.cartesian((3, 2)), sj.Tree.preset("mc_sim_7b_63"), sj.Tree.chain(0)]
 
@@ -108,6 +109,25 @@ def test_typical_refuses(setting, message):
 def test_sample_refuses(setting, message):
     with pytest.raises(sj.ConfigError, match=message):
         sj.Sample(*setting)
+
+
+@pytest.mark.parametrize("top_p", [1e-6, 0.1, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("top_k", [None, 5])
+@pytest.mark.parametrize("vocab", [1, 2, 7, 500])
+def test_top_p_keeps_the_fewest_tokens_that_reach_the_mass(vocab, top_k, top_p):
+    """With ties, tokens of no probability and several rows, against a sort."""
+    rng = np.random.default_rng(vocab)
+    logits = rng.normal(size=(2, 50, vocab)) * rng.choice([0.1, 1, 5], size=(2, 50, 1))
+    logits[0] = np.round(logits[0]) + 0.0  # ties; top_k puts -0 behind 0
+    logits[1, ::7, : vocab // 3] = -np.inf
+    kept = np.isfinite(warp(jnp.asarray(logits, jnp.float32), temperature=0.7, top_k=top_k, top_p=top_p))
+    for row, inside in zip(logits.reshape(-1, vocab) / 0.7, kept.reshape(-1, vocab), strict=True):
+        order = np.argsort(-row, kind="stable")[:top_k]
+        p = np.exp(row[order] - row.max()) / np.exp(row[order] - row.max()).sum()
+        count = inside.sum()
+        assert set(np.flatnonzero(inside)) == set(order[:count])
+        assert count == 1 or p[: count - 1].sum() < top_p + 1e-6
+        assert p[:count].sum() > top_p - 1e-6
 
 
 def test_lossless_rules_say_so():

@@ -5,10 +5,13 @@ decoding again (`simulate`, `search`).
 """
 
 import functools
+import hashlib
+import json
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from specjax.analysis.table import UNLABELLED, RankTable
 from specjax.config import ModelConfig
-from specjax.errors import DataError
+from specjax.errors import DataError, is_whole
 from specjax.fingerprint import fingerprint, float_dtype
 from specjax.heads import Heads, draft_projection, project
 from specjax.loading.load import Model
@@ -40,8 +43,8 @@ class Text:
 
 def check_measure(cap: int, typical_temperature: float | None) -> None:
     """Raises DataError for a cap or a temperature that `measure` would refuse."""
-    if not 1 <= cap < 2**15:
-        raise DataError(f"cap is {cap}; expected 1 to 32767.")
+    if not is_whole(cap) or not 1 <= cap < 2**15:
+        raise DataError(f"cap is {cap}; expected a whole number from 1 to 32767.")
     if typical_temperature is not None and not 0 < typical_temperature < math.inf:
         raise DataError(f"typical_temperature is {typical_temperature}; expected a positive number, or None.")
 
@@ -81,12 +84,15 @@ def measure(
     projection = draft_projection(heads, model.params.unembedding)
     vocab, token_map = model.config.vocab_size, heads.token_map
     columns: list[tuple[np.ndarray, ...]] = []
+    digest = hashlib.sha256()
     began = time.perf_counter()
     for number, text in enumerate(texts):
-        prompt, answer = (np.asarray(part, np.int32) for part in (text.prompt, text.answer))
+        prompt, answer = np.asarray(text.prompt), np.asarray(text.answer)
         if not (prompt.ndim == answer.ndim == 1 and prompt.size and answer.size):
             raise DataError(f"text {number} has a prompt of shape {prompt.shape} and an answer of {answer.shape}.")
         whole = np.concatenate([prompt, answer])
+        if whole.dtype.kind not in "iu":
+            raise DataError(f"text {number} holds {whole.dtype}; expected token ids, whole numbers.")
         if whole.min() < 0 or whole.max() >= vocab:
             raise DataError(
                 f"text {number} has token ids from {whole.min()} to {whole.max()}; the vocabulary is {vocab}."
@@ -121,7 +127,8 @@ def measure(
         )
         if typical_temperature is not None:
             others[3] = np.where((labels == IGNORED)[..., None], -np.inf, others[3])
-        columns.append((ranks_here.astype(np.int16), *others, answer))
+        columns.append((ranks_here.astype(np.int16), *others, answer.astype(np.int32)))
+        digest.update(json.dumps([prompt.tolist(), answer.tolist()]).encode())
         progress(len(answer))
     seconds = time.perf_counter() - began
     ranks, confidence, log_p, entropy, *typical, tokens = (
@@ -133,6 +140,8 @@ def measure(
         "heads": fingerprint((heads.params, heads.token_map)),
         "dtype": float_dtype(model.params),
         "heads_dtype": float_dtype(heads.params),
+        "text": digest.hexdigest()[:16],  # of all prompts and answers
+        "specjax": version("specjax"),
         "tokens": len(tokens),
         "tokens_per_second": len(tokens) / seconds,
         "temperature": typical_temperature,

@@ -1,6 +1,7 @@
 """What a round costs on this machine against the number of tree nodes, and the choice of a tree by it."""
 
 import itertools
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,10 +15,11 @@ from rich.console import Console
 from rich.table import Table
 
 from specjax.analysis.search import expected_tokens, greedy_tree
+from specjax.analysis.simulate import Simulation
 from specjax.bench import environment
 from specjax.decode import capacity_for, decode, prefill
 from specjax.drafters.medusa import MedusaDrafter
-from specjax.errors import ConfigError, DataError, TreeError
+from specjax.errors import ConfigError, DataError, TreeError, is_whole
 from specjax.fingerprint import fingerprint
 from specjax.heads import Heads
 from specjax.loading.heads import heads_metadata, load_heads
@@ -25,6 +27,7 @@ from specjax.loading.load import Model, load_model
 from specjax.tree import Tree
 
 _GENERIC_RANKS = 32
+SIZES = (1, 2, 3, 4, 5, 8, 9, 16, 24, 32, 48, 64)  # both sides of the steps in what float32 rounds cost on a CPU
 
 
 def time_rounds(
@@ -47,10 +50,15 @@ def time_rounds(
 
     Raises:
       PromptError: a prompt that `generate` refuses, or a capacity that is not a whole number of prefill chunks.
-      TreeError: no trees.
+      TreeError: no trees, or one that the heads cannot fill.
+      ConfigError: heads of another width or vocabulary than the model's, or rounds or repeats below 1.
     """
     if not trees:
         raise TreeError("there are no trees to time; pass at least one.")
+    if not is_whole(rounds) or not is_whole(repeats) or min(rounds, repeats) < 1:
+        raise ConfigError(f"rounds is {rounds}, repeats {repeats}; expected whole numbers of at least 1.")
+    for tree in trees:
+        MedusaDrafter(heads, tree).check(model)
     first = MedusaDrafter(heads, trees[0]).prepare(model.params)  # before decoding: it is no part of a round
     drafters = [replace(first, heads=heads, tree=tree).prepare(model.params) for tree in trees]
     tokens = rounds * 2
@@ -82,7 +90,8 @@ class RoundTimes:
             raise DataError(
                 f"round times for {self.nodes} nodes: {self.milliseconds}; expected one per size, the first size 1."
             )
-        if any(a >= b for a, b in zip(self.nodes, self.nodes[1:], strict=False)) or min(self.milliseconds) <= 0:
+        rising = all(a < b for a, b in itertools.pairwise(self.nodes))
+        if not rising or not all(0 < ms < math.inf for ms in self.milliseconds):
             raise DataError(
                 f"round times for {self.nodes} nodes: {self.milliseconds}; expected rising sizes, times > 0."
             )
@@ -96,13 +105,15 @@ class RoundTimes:
         """
         try:
             rows = sorted((int(r["nodes"]), float(r["milliseconds"]["median"])) for r in result["rows"])
-            device = str(result.get("environment", {}).get("device", ""))
+            device = str((result.get("environment") or {}).get("device", ""))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise DataError(f"this result holds no round times ({error!r}); make one with `specjax bench`.") from error
         return cls(tuple(n for n, _ in rows), tuple(ms for _, ms in rows), device)
 
     def __call__(self, nodes: int) -> float:
-        """Milliseconds for a tree of `nodes`, linear between the measured sizes.
+        """Milliseconds for a tree of `nodes`, linear between the measured sizes: measure both sides of a step.
+
+        A float32 round of 5 nodes takes as long as one of 8 on a CPU, one of 9 as one of 16 (`model.fast_rows`).
 
         Raises:
           DataError: more nodes than were measured.
@@ -118,6 +129,17 @@ class RoundTimes:
     def tokens_per_second(self, nodes: int, tokens_per_round: float) -> float:
         """Predicted speed of the decoding loop."""
         return 1e3 * tokens_per_round / self(nodes)
+
+    def fastest(self, trees: Sequence[Simulation]) -> Simulation:
+        """The tree with the highest predicted speed, the first of equals; autoregressive decoding may still be faster.
+
+        Raises:
+          TreeError: no trees.
+          DataError: a tree of more nodes than were measured.
+        """
+        if not trees:
+            raise TreeError("there are no trees to choose from; pass at least one.")
+        return max(trees, key=lambda one: self.tokens_per_second(one.tree.size, one.tokens_per_round))
 
 
 @dataclass(frozen=True)
@@ -173,7 +195,7 @@ class RoundTime:
     model: str
     heads: str
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    sizes: tuple[int, ...] = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
+    sizes: tuple[int, ...] = SIZES
     prompt_tokens: int = 64
     max_new_tokens: int = 128  # the cache has room for so many more: a round's cost depends on its slots
     repeats: int = 5
@@ -184,6 +206,11 @@ class RoundTime:
             raise ConfigError(f"sizes is {self.sizes}; it must begin with 1, autoregressive decoding, the baseline.")
         if any(a >= b for a, b in itertools.pairwise(self.sizes)):
             raise ConfigError(f"sizes is {self.sizes}; each must be above the one before.")
+        if min(self.repeats, self.prompt_tokens, self.max_new_tokens) < 1:
+            raise ConfigError(
+                f"repeats is {self.repeats}, prompt_tokens {self.prompt_tokens}, max_new_tokens {self.max_new_tokens}; "
+                "expected at least 1 of each."
+            )
         model = load_model(self.model, dtype=self.dtype)
         heads = load_heads(self.heads, model.config, dtype=self.dtype)
         recorded = np.asarray(heads_metadata(self.heads).get("hits", ()))

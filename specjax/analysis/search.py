@@ -47,9 +47,9 @@ class Limits:
         return sum(branching**d for d in range(depth + 1))
 
     def check(self, size: int, heads: int, ranks: int) -> None:
-        """Raises a `TreeError` for a size below 1 or beyond what heads, ranks and limits allow."""
+        """Raises a `TreeError` for a size that is no whole number from 1 to what heads, ranks and limits allow."""
         most = self.largest(heads, ranks)
-        if not 1 <= size <= most:
+        if not is_whole(size) or not 1 <= size <= most:
             depth, branching = self.of(heads, ranks)
             raise TreeError(f"size is {size}; depth {depth} with {branching} children a node allows 1 to {most}.")
 

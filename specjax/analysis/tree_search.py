@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,11 +76,13 @@ class TreeSearch:
             capacity = capacity_for(longest, self.max_new_tokens, searched.num_heads)
             prompt = np.concatenate([texts[0].prompt, texts[0].answer]).tolist()[:128]
             taken = time_rounds(model, heads, [Tree.chain(0), *family], prompt, repeats=5, capacity=capacity)
-        times = RoundTimes((1, *self.sizes), tuple(row["median"] for row in taken))
-        best = max(trees["walk"], key=lambda one: times.tokens_per_second(one.tree.size, one.tokens_per_round)).tree
+        place = environment()
+        times = RoundTimes((1, *self.sizes), tuple(row["median"] for row in taken), place["device"])
+        best = times.fastest(trees["walk"]).tree
+        best = replace(best, provenance={**best.provenance, "round_times": asdict(times)})
         best.save(output_dir / "tree.json")
 
-        timed = [tree for tree in family if tree.size in self.timed_sizes or tree is best]
+        timed = [tree for tree in family if tree.size in self.timed_sizes or tree.size == best.size]
         contenders = [Contender("autoregressive", model, NoDrafter())]
         contenders += [Contender(f"walk_{tree.size}", model, MedusaDrafter(heads, tree)) for tree in timed]
         with console.status("decoding, to check the prediction"):
@@ -96,15 +98,15 @@ class TreeSearch:
             }
             for n, ms, found, here in zip(self.sizes, taken[1:], trees["walk"], same, strict=True)
         ]
-        speed = {m["tree_nodes"]: m["tokens_per_second"]["median"] for m in measured[1:]}
+        verdict = _verdict(best.size, measured)
         halves = len(searched.lengths) > 1
         same_kind = {name: _errors(_across(name, self.sizes, searched)) for name in SEARCHES} if halves else {}
-        self._show(console, rows, same_kind.get("walk"), predictions, measured, best.size)
+        self._show(console, rows, same_kind.get("walk"), predictions, measured, verdict)
         self._figures(output_dir, searched, checked, rows, bounds, predictions, measured, best)
         return {
             "experiment": self.name,
             "config": asdict(self),
-            "environment": environment(),
+            "environment": place,
             "text": {"searched": dict(searched.manifest), "checked": dict(checked.manifest)},
             "rows": rows,
             "error_on_same_kind": same_kind,
@@ -113,8 +115,7 @@ class TreeSearch:
             "autoregressive_milliseconds": taken[0],
             "predictions": predictions,
             "measured": measured,
-            "chosen_nodes": best.size,
-            "chosen_speed_against_the_measured_best": speed[best.size] / max(speed.values()),
+            **verdict,
         }
 
     def _check(self) -> None:
@@ -136,12 +137,13 @@ class TreeSearch:
         same_kind: dict[str, float] | None,
         predictions: Sequence[dict[str, Any]],
         measured: Sequence[dict[str, Any]],
-        best: int,
+        verdict: dict[str, Any],
     ) -> None:
         table = Table(title=f"{self.name}: tokens per round on other text, simulated; tokens/s of the walk trees")
         for column in ("nodes", *SEARCHES, "predicted", "on the same text", "measured"):
             table.add_column(column, justify="right")
-        speed = {m["tree_nodes"]: m["tokens_per_second"]["median"] for m in measured[1:]}
+        speed = {m["tree_nodes"]: m["tokens_per_second"]["median"] for m in measured}
+        table.add_row("1", *["1.000"] * len(SEARCHES), "", "", f"{speed[1]:.1f}")
         for one in predictions:
             n = one["nodes"]
             cells = [f"{next(r['checked'] for r in rows if (r['search'], r['nodes']) == (s, n)):.3f}" for s in SEARCHES]
@@ -158,7 +160,12 @@ class TreeSearch:
             f"tokens per round on other text than searched: {100 * error['mean']:+.1f}% of the prediction on average, "
             f"at most {100 * error['largest']:.1f}% off"
         )
-        console.print(f"chosen: {best} nodes, measured at {speed[best] / max(speed.values()):.2f} of the best")
+        gain = verdict["chosen_speed_against_autoregressive"]
+        console.print(
+            f"chosen: {verdict['chosen_nodes']} nodes, measured at "
+            f"{verdict['chosen_speed_against_the_measured_best']:.2f} of the fastest, autoregressive decoding among "
+            f"them, and at {gain:.2f} of autoregressive decoding" + ("" if gain > 1 else ": no tree pays here")
+        )
 
     def _figures(
         self,
@@ -207,6 +214,17 @@ class TreeSearch:
             save(name, rank_plots.predicted_against_measured(points, what))
         axes = draw_tree(chosen, edge_values=rank_plots.edge_acceptance(checked, chosen).tolist())
         save("tree", axes.figure)
+
+
+def _verdict(chosen: int, measured: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    # `measured` begins with autoregressive decoding, which may be the fastest.
+    speed = {m["tree_nodes"]: m["tokens_per_second"]["median"] for m in measured}
+    (method,) = [m for m in measured if m["tree_nodes"] == chosen]
+    return {
+        "chosen_nodes": chosen,
+        "chosen_speed_against_the_measured_best": speed[chosen] / max(speed.values()),
+        "chosen_speed_against_autoregressive": method["speedup"]["median"],
+    }
 
 
 def _rows(search: str, found: Sequence[Simulation], checked: RankTable) -> list[dict[str, Any]]:

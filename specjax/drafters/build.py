@@ -1,5 +1,6 @@
 """Drafters by name: what `--drafter` and an experiment's methods take."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,8 @@ from specjax.drafters.hybrid import HybridDrafter
 from specjax.drafters.medusa import MedusaDrafter
 from specjax.drafters.ngram import NgramDrafter
 from specjax.errors import ConfigError
+from specjax.fingerprint import fingerprint
+from specjax.heads import Heads
 from specjax.loading.heads import load_heads
 from specjax.loading.load import Model, load_draft
 from specjax.tree import Tree
@@ -64,6 +67,17 @@ def build_drafter(
     return parts[0] if len(parts) == 1 else HybridDrafter(tuple(parts))
 
 
+def _warn_of_other_heads(tree: Tree | None, loaded: Heads, name: str) -> None:
+    table = {} if tree is None else tree.provenance.get("table")
+    searched = table.get("heads") if isinstance(table, dict) else None
+    if tree is not None and searched is not None and searched != fingerprint((loaded.params, loaded.token_map)):
+        warnings.warn(
+            f"the tree {tree.name!r} was searched for other heads ({searched}) than {name}: it fits, but another may "
+            "be faster. `specjax tree measure` and `specjax tree optimise` find one for these.",
+            stacklevel=4,
+        )
+
+
 def _part(
     name: str,
     target: Model,
@@ -80,6 +94,7 @@ def _part(
         if heads is None:
             raise ConfigError("the drafter medusa needs heads; name them (--heads).")
         loaded = load_heads(heads, target.config, dtype=dtype)
+        _warn_of_other_heads(tree, loaded, heads)
         deep = [path for path in usual.rank_paths if len(path) <= loaded.config.num_heads]
         return MedusaDrafter(loaded, tree or Tree.from_paths(deep))
     if draft_model is None:

@@ -245,6 +245,10 @@ def test_refusals(case, tmp_path):
         measure(model, heads, [Text([1], [99])])
     with pytest.raises(sj.DataError, match="no sequence has two tokens"):
         measure(model, heads, [Text([1, 2], [3])])
+    with pytest.raises(sj.DataError, match="holds float64; expected token ids"):
+        measure(model, heads, [Text([1.7, 2], [3, 4])])
+    with pytest.raises(sj.DataError, match=r"cap is 8\.5"):
+        measure(model, heads, [Text([1, 2], [3, 4])], cap=8.5)
     with pytest.raises(sj.DataError, match="cap is 0"):
         measure(model, heads, texts, cap=0)
     with pytest.raises(sj.ConfigError, match="heads are for hidden size 8 and vocabulary 61, the target has 16"):

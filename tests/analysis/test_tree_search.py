@@ -12,7 +12,7 @@ from rank_tables import table_of
 import specjax as sj
 from specjax.analysis import rank_plots
 from specjax.analysis.rank_pass import RankPass
-from specjax.analysis.round_time import time_rounds
+from specjax.analysis.round_time import RoundTimes, choose_tree, time_rounds
 from specjax.analysis.search import Limits
 from specjax.analysis.simulate import simulate
 from specjax.analysis.table import RankTable
@@ -20,6 +20,7 @@ from specjax.analysis.texts import per_category
 from specjax.analysis.tree_search import TreeSearch, packaged_trees
 from specjax.analysis.validate import SEARCHES
 from specjax.cli import main
+from specjax.drafters.build import build_drafter
 from specjax.prompts import load_prompts
 
 
@@ -117,6 +118,17 @@ def test_bench_refuses_sizes_that_do_not_rise(checkpoint, tmp_path, capsys):
     assert "each must be above the one before" in capsys.readouterr().err
 
 
+def test_a_tree_for_other_heads_is_pointed_out(checkpoint, ranks, tmp_path, recwarn):
+    file, model = tmp_path / "tree.json", sj.load_model(checkpoint)
+    assert main(["tree", "optimise", "--ranks", str(ranks), "--nodes", "3", "--save", str(file)]) == 0
+    build_drafter("medusa", model, tree=str(file), heads=str(checkpoint / "heads"))
+    build_drafter("medusa", model, tree="chain:2", heads=str(checkpoint / "heads"))
+    assert not [one for one in recwarn if "searched for other heads" in str(one.message)]
+    sj.save_heads(tmp_path / "other.safetensors", noisy_heads(model, 2))
+    with pytest.warns(UserWarning, match="searched for other heads"):
+        build_drafter("medusa", model, tree=str(file), heads=str(tmp_path / "other.safetensors"))
+
+
 def test_a_tree_saved_by_name_is_simulated_and_shown_by_name(ranks, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("SPECJAX_TREES", str(tmp_path))
     assert main(["tree", "optimise", "--ranks", str(ranks), "--nodes", "3", "--save", "mine"]) == 0
@@ -149,6 +161,48 @@ def test_no_trees_are_not_timed(checkpoint):
     model = sj.load_model(checkpoint)
     with pytest.raises(sj.TreeError, match="no trees to time"):
         time_rounds(model, sj.load_heads(checkpoint / "heads", model.config), [], [1])
+
+
+@pytest.mark.parametrize(
+    ("trees", "changes", "error", "message"),
+    [
+        ([sj.Tree.chain(1), sj.Tree.chain(5)], {}, sj.TreeError, "5 deep, but there are 2 heads"),
+        ([sj.Tree.chain(1), sj.Tree.from_paths([(500,)])], {}, sj.TreeError, "501 candidates"),
+        ([sj.Tree.chain(1)], {"repeats": 0}, sj.ConfigError, "repeats 0"),
+        ([sj.Tree.chain(1)], {"rounds": 1.5}, sj.ConfigError, "rounds is 1.5"),
+    ],
+)
+def test_what_cannot_be_timed_is_refused(checkpoint, monkeypatch, trees, changes, error, message):
+    monkeypatch.setattr("specjax.analysis.round_time.prefill", lambda *args, **more: pytest.fail("decoded"))
+    model = sj.load_model(checkpoint)
+    heads = sj.load_heads(checkpoint / "heads", model.config)
+    with pytest.raises(error, match=message):
+        choose_tree(model, heads, [(tree, 9.0) for tree in trees], [1], **changes)
+
+
+def test_the_fastest_tree_has_the_most_tokens_per_time():
+    times = RoundTimes((1, 2, 4, 8), (10.0, 12.0, 20.0, 21.0))
+    trees = [sj.Tree.chain(1), sj.Tree.cartesian((3,)), sj.Tree.cartesian((2,))]
+    found = simulate(table_of(ranks=[(0, 0), (3, 3), (1, 0), (1, 1), (2, 2), (0, 0), (0, 0), (1, 0)]), trees)
+    speeds = [one.tokens_per_round / times(one.tree.size) for one in found]
+    assert times.fastest(found) is found[int(np.argmax(speeds))]
+    assert RoundTimes((1, 2, 4), (10.0, 90.0, 9.0)).fastest(found).tree.size == 4
+    assert RoundTimes((1, 2, 4), (10.0, 9.0, 90.0)).fastest(found).tree.size == 2
+    with pytest.raises(sj.TreeError, match="no trees"):
+        times.fastest([])
+    with pytest.raises(sj.DataError, match="times > 0"):
+        RoundTimes((1, 2), (10.0, float("nan")))
+
+
+def test_shown_trees_say_where_they_come_from_and_how_often_edges_are_right(ranks, tmp_path, capsys):
+    file, png = tmp_path / "tree.json", tmp_path / "tree.png"
+    assert main(["tree", "optimise", "--ranks", str(ranks), "--nodes", "3", "--save", str(file)]) == 0
+    assert main(["tree", "show", str(file), "--png", str(png), "--ranks", str(ranks)]) == 0
+    assert RankTable.load(ranks).manifest["heads"] in capsys.readouterr().out
+    assert png.read_bytes().startswith(b"\x89PNG")
+    for option, message in ((["--png", "x.foo"], "must end in .png"), (["--ranks", str(ranks)], "add --png")):
+        assert main(["tree", "show", "chain:2", *option]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_samples_are_of_every_category():
@@ -206,6 +260,7 @@ def test_tables_of_other_heads_are_refused(checkpoint, ranks, tmp_path, capsys):
     [
         (["optimise", "--ranks", "nowhere.npz", "--nodes", "4"], "nowhere.npz"),
         (["optimise", "--ranks", "RANKS", "--nodes", "0"], "size is 0"),
+        (["show", "nowhere"], "nowhere"),
         (["optimise", "--ranks", "RANKS", "--round-times", "nowhere.json"], "nowhere.json"),
         (["optimise", "--ranks", "nowhere.npz", "--nodes", "4", "--save", "my tree"], "'my tree' is no place"),
         (["optimise", "--ranks", "nowhere.npz", "--nodes", "4", "--save", "chain"], "take another name"),
@@ -244,8 +299,20 @@ def test_the_experiment_chooses_and_checks_a_tree(checkpoint, prompts, ranks, tm
     assert result["error_on_same_kind"]["walk"]["largest"] == pytest.approx(np.max(np.abs(errors)))
     # Simulated and decoded on the same texts: the same, but for the prompts that were not decoded.
     assert {row["nodes"] for row in result["rows"]} == {2, 3, 5}
-    assert result["chosen_nodes"] in (2, 3, 5)
-    assert sj.Tree.load(tmp_path / "tree.json").size == result["chosen_nodes"]
+    # The predicted best on the searched text, set beside whatever was fastest: autoregressive decoding, perhaps.
+    promised = {p["nodes"]: p["searched_text"]["tokens_per_second"] for p in result["predictions"]}
+    chosen = result["chosen_nodes"]
+    assert promised[chosen] == max(promised.values())
+    speed = {m["tree_nodes"]: m["tokens_per_second"]["median"] for m in result["measured"]}
+    assert sorted(speed) == [1, 2, 3, 5]
+    assert result["chosen_speed_against_the_measured_best"] == speed[chosen] / max(speed.values())
+    gain = next(m["speedup"]["median"] for m in result["measured"] if m["tree_nodes"] == chosen)
+    assert result["chosen_speed_against_autoregressive"] == gain
+    assert ("no tree pays here" in " ".join(capsys.readouterr().out.split())) == (gain <= 1)
+    saved = sj.Tree.load(tmp_path / "tree.json")
+    assert saved.size == chosen
+    assert saved.provenance["round_times"]["nodes"] == [1, 2, 3, 5]
+    assert saved.provenance["round_times"]["device"] == result["environment"]["device"]
     table = RankTable.load(tmp_path / "check.ranks.npz")
     for method in result["measured"][1:]:
         (predicted,) = [p for p in result["predictions"] if p["nodes"] == method["tree_nodes"]]

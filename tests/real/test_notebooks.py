@@ -1,7 +1,7 @@
 """Every notebook runs from top to bottom, and its stored form is the one that its source makes."""
 
 import re
-import time
+import resource
 from pathlib import Path
 
 import jupytext
@@ -9,18 +9,25 @@ import nbclient
 import pytest
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
-LIMIT = 300  # seconds for a notebook beside another test; alone on a slow machine (2 cores, Zen 3) they take 50 to 90
+LIMIT = 90  # seconds for a notebook alone on two cores
 NAMES = sorted(path.stem for path in FOLDER.glob("[0-9]*.py"))
+
+
+def processor_seconds():
+    """Of all ended child processes, such as a kernel."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_notebook_runs(name):
-    notebook, begin = jupytext.read(FOLDER / f"{name}.py"), time.perf_counter()
+    notebook, before = jupytext.read(FOLDER / f"{name}.py"), processor_seconds()
     nbclient.NotebookClient(
         notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": FOLDER}}
     ).execute()
     assert not [o for cell in notebook.cells for o in cell.get("outputs", ()) if o.output_type == "error"]
-    assert time.perf_counter() - begin < LIMIT
+    # Another test runs meanwhile: not the time on the clock, but what both cores need at the least.
+    assert 5 < (processor_seconds() - before) / 2 < LIMIT
 
 
 @pytest.mark.parametrize("name", NAMES)
