@@ -40,5 +40,5 @@ def get_config() -> FitHeads:
         name="train_smollm2_medusa",
         model="smollm2-135m-instruct",
         data=Distillation(shards=90),
-        training=TrainConfig(epochs=3, batch_size=1024, learning_rate=2e-3),
+        training=TrainConfig(epochs=3, batch_size=1024, learning_rate=2e-3, select="best"),
     )

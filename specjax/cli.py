@@ -66,6 +66,11 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--base-model", help="what the config names as the base (default: --model)")
     convert.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the heads (default: as they are)")
     convert.add_argument("--copy-lm-head", action="store_true", help="for layouts in which heads cannot share it")
+    convert.add_argument(
+        "--whole-vocabulary",
+        action="store_true",
+        help="heads over a reduced vocabulary propose any token, for layouts that know no reduced one: other drafts",
+    )
     convert.set_defaults(function=_convert)
     return parser
 
@@ -239,6 +244,7 @@ def _convert(options: argparse.Namespace, rest: list[str]) -> int:
         options.to,
         base_model=options.base_model or options.model,
         copy_lm_head=options.copy_lm_head,
+        whole_vocabulary=options.whole_vocabulary,
         metadata=heads_metadata(options.heads),
     )
     print(f"wrote {file}")

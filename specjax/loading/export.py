@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,6 +48,7 @@ def export_heads(
     *,
     base_model: str,
     copy_lm_head: bool = False,
+    whole_vocabulary: bool = False,
     metadata: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes heads into a new or empty `directory` and gives the file. Values are kept bit for bit, in their dtype.
@@ -58,6 +59,8 @@ def export_heads(
       target: one of `TARGETS`.
       base_model: what the config names as the base: a repository or path that the consumer can load.
       copy_lm_head: gives heads that share the LM head one copy of it each, for layouts that cannot share.
+      whole_vocabulary: lets heads that share the LM head over a reduced vocabulary propose any token: for layouts
+        that know no reduced one. Drafts change, and what is accepted of them has to be measured again.
       metadata: kept by the native layout alone.
 
     Raises:
@@ -66,6 +69,8 @@ def export_heads(
     """
     if target not in TARGETS:
         raise ConfigError(f"no layout {target!r}; expected one of {', '.join(TARGETS)}.")
+    if whole_vocabulary:
+        heads = _over_the_whole_vocabulary(heads)
     plan, config, directory = TARGETS[target], heads.config, Path(directory)
     vocab, width = model.params.unembedding.shape
     if (config.vocab_size, config.hidden_size) != (vocab, width):
@@ -73,10 +78,11 @@ def export_heads(
             f"the heads are for vocabulary {config.vocab_size} and hidden size {config.hidden_size}, the model has "
             f"{vocab} and {width}; name the model that they were trained on."
         )
+    shared = config.projection == "shared"
     if config.reduced_vocab_size is not None and not plan.reduced:
         raise ConfigError(
             f"the heads propose {config.reduced_vocab_size} of {vocab} tokens, which layout {target!r} cannot say; "
-            "take vllm or native."
+            "take vllm or native" + (", or let them propose any token (whole_vocabulary)." if shared else ".")
         )
     if plan.projection == "shared" and config.projection == "full":
         raise ConfigError(f"the heads have projections of their own, which layout {target!r} lacks; take medusa.")
@@ -108,6 +114,12 @@ def export_heads(
     if extra:
         (directory / "config.json").write_text(json.dumps(extra, indent=2) + "\n", "utf-8")
     return file
+
+
+def _over_the_whole_vocabulary(heads: Heads) -> Heads:
+    if heads.config.projection != "shared":
+        raise ConfigError("the heads have projections of their own, over their vocabulary alone; it cannot be widened.")
+    return Heads(heads.params, None, replace(heads.config, reduced_vocab_size=None))
 
 
 def _tensors(layout: HeadLayout, heads: Heads, model: Model, *, projections: bool) -> dict[str, np.ndarray]:

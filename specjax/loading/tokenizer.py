@@ -6,7 +6,7 @@ Made from a Hugging Face directory (`tokenizer.json`) or rebuilt from GGUF metad
 import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
@@ -32,6 +32,7 @@ class Tokenizer:
         chat_template: str | None = None,
         special_tokens: Mapping[str, str] | None = None,
         eos_token_ids: Sequence[int] = (),
+        today: date | None = None,
     ) -> None:
         """Wraps a `tokenizers.Tokenizer`.
 
@@ -40,11 +41,28 @@ class Tokenizer:
           chat_template: a jinja2 template in transformers' dialect.
           special_tokens: what the template may ask for by name, e.g. {"bos_token": "<s>"}.
           eos_token_ids: the tokens that end an answer.
+          today: what a template that writes the date (Llama 3.2's does) takes for today; None: the clock's.
         """
         self.backend = backend
         self.chat_template = chat_template
         self.special_tokens = dict(special_tokens or {})
         self.eos_token_ids = tuple(eos_token_ids)
+        self.today = today
+
+    def dated(self, today: date) -> "Tokenizer":
+        """This tokenizer on a day of its own, so that a template that writes the date writes the same tomorrow."""
+        return Tokenizer(
+            self.backend,
+            chat_template=self.chat_template,
+            special_tokens=self.special_tokens,
+            eos_token_ids=self.eos_token_ids,
+            today=today,
+        )
+
+    @property
+    def writes_the_date(self) -> bool:
+        """Whether the chat template asks for today's date."""
+        return self.chat_template is not None and "strftime_now" in self.chat_template
 
     @property
     def vocab_size(self) -> int:
@@ -84,6 +102,7 @@ class Tokenizer:
             return _template(self.chat_template).render(
                 messages=[dict(m) for m in messages],
                 add_generation_prompt=add_generation_prompt,
+                strftime_now=lambda style: (self.today or datetime.now()).strftime(style),
                 **self.special_tokens,
             )
         except jinja2.TemplateError as error:
@@ -317,5 +336,4 @@ def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
     )
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda style: datetime.now().strftime(style)
     return environment

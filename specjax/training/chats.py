@@ -1,7 +1,7 @@
 """Chats and prompts from JSONL files: ShareGPT's format, the `messages` format, and Spec-Bench's for prompts."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +36,21 @@ def read_chats(path: str | Path) -> list[tuple[str, list[dict[str, str]]]]:
     return [(where, _messages(record, where)) for where, record in _records(path)]
 
 
-def read_conversations(path: str | Path, tokenizer: Tokenizer, *, max_tokens: int) -> list[Conversation]:
+def read_conversations(
+    path: str | Path, tokenizer: Tokenizer, *, max_tokens: int, report: Callable[[str], None] = lambda line: None
+) -> list[Conversation]:
     """Chats as training text; every assistant turn is marked (`Tokenizer.encode_chat`).
 
     What follows the last assistant turn is left out. Chats of more than `max_tokens` tokens are cut at the end; those
-    whose first answer would begin beyond are left out.
+    whose first answer would begin beyond are left out, and `report` is told how many were.
 
     Raises:
       DataError: as `read_chats`; a chat without an assistant turn, or that the chat template refuses or rewrites; or
         no chat with an answer within `max_tokens`.
     """
     found: list[Conversation] = []
-    for where, messages in read_chats(path):
+    chats, cut = read_chats(path), 0
+    for where, messages in chats:
         if not any(message["role"] == "assistant" for message in messages):
             raise DataError(f"{where} has no assistant turn, so that there is nothing to learn; remove the line.")
         try:
@@ -55,10 +58,16 @@ def read_conversations(path: str | Path, tokenizer: Tokenizer, *, max_tokens: in
         except PromptError as error:
             raise DataError(f"{where}: {error}") from error
         tokens, mask = np.array(ids[:max_tokens], np.int32), np.array(said[:max_tokens], bool)
+        cut += any(said[max_tokens:])
         at = np.flatnonzero(mask)
         if len(at) and at[0] > 0:
             begin, end = at[0], at[-1] + 1
             found.append(Conversation(tokens[:begin], tokens[begin:end], mask=mask[begin:end]))
+    if found and (cut or len(found) < len(chats)):
+        report(
+            f"of {len(chats)} chats in {path}, {cut} have answers beyond {max_tokens} tokens, which are cut, "
+            f"and {len(chats) - len(found)} have none before that and are left out"
+        )
     if not found:
         raise DataError(f"no chat in {path} has an answer within its first {max_tokens} tokens; raise max_tokens.")
     return found

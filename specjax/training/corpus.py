@@ -20,6 +20,7 @@ from specjax.model import forward
 from specjax.params import Params
 from specjax.training.data import Conversation
 from specjax.training.distill import Answers
+from specjax.training.identity import text_identity
 
 _CHUNK = 256  # tokens of a sequence in one forward pass
 _BATCH = 4096  # tokens in one pass over several sequences
@@ -107,6 +108,7 @@ def joined(data: Sequence[Conversation]) -> Answers:
         np.concatenate([tokens for tokens, _ in parts]),
         np.concatenate([features for _, features in parts if features is not None]),
         np.array([len(tokens) for tokens, _ in parts], np.int32),
+        text_identity(data)["fingerprint"],
     )
 
 
@@ -121,7 +123,7 @@ def check_budget(tokens: int, config: ModelConfig, budget_gb: float) -> None:
         raise DataError(
             f"features for up to {tokens:,} tokens of width {config.hidden_size} take {needed:.2f} GB, the budget is "
             f"{budget_gb:g} GB; use fewer or shorter conversations, raise feature_budget_gb, or fit with "
-            "features computed on the fly, as experiments/train_smollm2_medusa2.py does, and data.features False."
+            "features computed on the fly, as experiments/train_medusa_on_the_fly.py does."
         )
 
 

@@ -33,11 +33,13 @@ class Answers:
       tokens: token ids [n].
       features: features[j] is the target's final-norm hidden state that predicted tokens[j], bfloat16 [n D].
       lengths: tokens per conversation; they sum to n.
+      source: a fingerprint of the text that they are of, its prompts included; a run is resumed with the same alone.
     """
 
     tokens: Int[np.ndarray, "n"]
     features: Float[np.ndarray, "n D"]
     lengths: Int[np.ndarray, "c"]
+    source: str = ""
 
 
 class _Carry(NamedTuple):

@@ -1,8 +1,9 @@
 """The text that heads and draft models are trained on, as a config: of the model's own, or chats from a file."""
 
+import datetime
 import itertools
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from specjax import sampling
 from specjax.acceptance import Acceptance, Greedy, Sample
 from specjax.bench import environment
-from specjax.errors import ConfigError, DataError
+from specjax.errors import ConfigError, DataError, PromptError
 from specjax.fingerprint import text_fingerprint
 from specjax.loading.load import Model, load_model
 from specjax.training import manifest
@@ -46,9 +47,10 @@ class Distillation:
     turn_seed: int = 7  # of the user turns that the model writes
     prompt_seed: int = 1000  # of the seed prompts
     answer_seed: int = 0  # of sampled answers
+    date: str = "2026-01-01"  # today, to chat templates that write it (Llama 3.2's): the same whenever a run goes on
     evaluation_share: float = 0.02  # of the prompts, by hash; never trained on
     features: bool = True  # kept on disk beside the text: 2 bytes a token and unit of width
-    feature_budget_gb: float = 8.0  # GB (1e9 bytes) that they may take
+    feature_budget_gb: float = 8.0  # GB (1e9 bytes) that they may take; in memory twice that while they are joined
 
     def __post_init__(self) -> None:
         sizes = (self.shards, self.shard_size, self.batch_size, self.max_answer_tokens, self.max_chat_tokens)
@@ -56,6 +58,15 @@ class Distillation:
             raise ConfigError(
                 f"{self}: expected shards, shard_size, batch_size, max_answer_tokens and max_chat_tokens of at least 1 "
                 "and 0 < evaluation_share < 1."
+            )
+        try:
+            datetime.date.fromisoformat(self.date)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"date is {self.date!r}; expected a day as in 2026-01-31.") from error
+        if self.chats is not None and (self.prompts, self.temperature) != ("model+seeds", 0):
+            raise ConfigError(
+                f"chats is {self.chats!r}, which is trained on as it is; prompts {self.prompts!r} and temperature "
+                f"{self.temperature} would do nothing. Leave them out, or chats."
             )
         if self.temperature == 0 and (self.top_k is not None or self.top_p != 1):
             raise ConfigError(
@@ -82,7 +93,7 @@ def distilled(model: Model, data: Distillation, console: Console, *, features: b
       DataError: as `write_shards`; a bad file of prompts; features beyond the budget; or a model that ends too few of
         the user turns that it writes.
     """
-    chat_tokenizer(model)
+    model = _dated(model, data)
     directory, shards, size = Path(data.directory), data.shards, data.shard_size
     asked: list[list[dict[str, str]]] = []
     prompts: dict[str, Any] = {"source": data.prompts}
@@ -98,8 +109,16 @@ def distilled(model: Model, data: Distillation, console: Console, *, features: b
         raise DataError(f"prompts is {data.prompts!r}; expected a JSONL file that exists, or one of {_SOURCES}.")
     else:
         asked = read_prompts(data.prompts)
+        if len(asked) > shards * size:
+            console.print(
+                f"{data.prompts} has {len(asked)} different prompts, {shards} shards take the first {shards * size}: "
+                f"set shards to {-(-len(asked) // size)} for all."
+            )
         shards = min(shards, -(-len(asked) // size))
+        _check_prompts(model, data, asked[: shards * size])
         prompts = {"source": "file", "fingerprint": text_fingerprint(json.dumps(asked))}
+    if chat_tokenizer(model).writes_the_date:
+        prompts["date"] = data.date
     answers = {
         "temperature": data.temperature,
         "top_k": data.top_k,
@@ -152,6 +171,26 @@ def distilled(model: Model, data: Distillation, console: Console, *, features: b
         )
 
 
+def _dated(model: Model, data: Distillation) -> Model:
+    return replace(model, tokenizer=chat_tokenizer(model).dated(datetime.date.fromisoformat(data.date)))
+
+
+def _check_prompts(model: Model, data: Distillation, asked: list[list[dict[str, str]]]) -> None:
+    # Before the first shard: a file that is mended later has another fingerprint, and what was made would be lost.
+    room = model.config.max_positions - data.max_answer_tokens
+    for number, messages in enumerate(asked, 1):
+        start = f"prompt {number} of {data.prompts} ({messages[-1]['content'][:40]!r}...)"
+        try:
+            length = len(chat_tokenizer(model).apply_chat_template(messages))
+        except PromptError as error:
+            raise DataError(f"{start}: {error}") from error
+        if length > room:
+            raise DataError(
+                f"{start} has {length} tokens; with answers of up to {data.max_answer_tokens} the model's context of "
+                f"{model.config.max_positions} takes {room}. Shorten it or lower max_answer_tokens."
+            )
+
+
 def _user_turns(model: Model, data: Distillation, shard: int) -> list[str]:
     """Up to `shard_size` turns; exactly that many where no seed prompts may stand in for those that it did not end."""
     key, turns = jax.random.fold_in(jax.random.key(data.turn_seed), shard), list[str]()
@@ -187,9 +226,12 @@ def prepared(model: Model, data: Distillation, console: Console, *, features: bo
         there = sorted(Path(data.directory).glob("shard_*.npz"))[: data.shards]
         text = read_shards(distilled(model, data, console, features=features) if make else there)
     else:
+        model = _dated(model, data)
         limit = min(data.max_chat_tokens, model.config.max_positions)
-        text = read_conversations(data.chats, chat_tokenizer(model), max_tokens=limit)
+        text = read_conversations(data.chats, chat_tokenizer(model), max_tokens=limit, report=console.print)
     training, evaluation = split(text, data.evaluation_share)
+    if left := len(text) - len(training) - len(evaluation):
+        console.print(f"{left} of {len(text)} conversations are left out: their answers stand in others, too")
     if features:
         every = with_features(model, training + evaluation, budget_gb=data.feature_budget_gb)
         training, evaluation = every[: len(training)], every[len(training) :]

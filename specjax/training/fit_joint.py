@@ -26,13 +26,14 @@ from specjax.training.distillation import Distillation, prepared
 from specjax.training.joint import JointConfig
 from specjax.training.joint_trainer import Fitted, fit_joint
 from specjax.training.lora import LoraConfig, merge
-from specjax.training.mesh import HostsConfig, MeshConfig
+from specjax.training.mesh import HostsConfig, MeshConfig, first_alone
 from specjax.training.monitor import RunMonitor, evaluation_line, throughput
 from specjax.training.quality import selected, tree_for
 from specjax.training.trainer import check_reduced, frequent_tokens
 from specjax.tree import Tree
 
 BACKBONE, HEADS = "backbone", "heads.safetensors"
+TEXT_MARK = "text.made"  # tells other hosts that the text is there
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,7 @@ class FitJoint:
         mesh, first = self.mesh.build(), jax.process_index() == 0
         model = load_model(self.model, dtype=jnp.bfloat16)
         read = functools.partial(prepared, model, self.data, console, features=False)
-        made = read() if first else None  # one process writes
-        multihost_utils.sync_global_devices("distilled")
+        made = first_alone(read, output_dir / TEXT_MARK)  # one process writes
         text, held_out = made or read(make=False)
         heads = self._start(model, text)
         tree = tree_for(None if self.tree is None else Tree.parse(self.tree), self.num_heads)

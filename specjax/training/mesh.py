@@ -5,13 +5,16 @@ are to hold; so the losses do not depend on how many processes there are. `jit` 
 """
 
 import re
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Shaped
 
@@ -21,6 +24,7 @@ from specjax.params import DEFAULT_SHARDING, ParamSpec, named_sharding
 from specjax.training.optimiser import Optimiser
 
 DATA, MODEL = "data", "model"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,28 @@ class HostsConfig:
                 jax.distributed.initialize(self.coordinator, self.processes, self.process_id)
         except (RuntimeError, ValueError) as error:
             raise ConfigError(f"{self} cannot be joined: {error}") from error
+        # Now that all are here: the first collective fails where a process comes to it 30 seconds after another (Gloo).
+        multihost_utils.sync_global_devices("joined")
+
+
+def first_alone(act: Callable[[], T], mark: Path) -> T | None:
+    """Runs `act` in the first process, however long it takes; the others wait for the file `mark`, and get None.
+
+    Args:
+      mark: in a directory that all processes see; it is left behind.
+    """
+    first = jax.process_index() == 0
+    if first:
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.unlink(missing_ok=True)  # of a run that was stopped
+    multihost_utils.sync_global_devices(f"before {mark.name}")
+    if first:
+        done = act()
+        mark.touch()
+        return done
+    while not mark.exists():  # where the first process ends with an error, jax ends this one
+        time.sleep(0.2)
+    return None
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -80,11 +80,13 @@ class Dataset:
       features: conversations end to end.
       labels: `IGNORED` past a conversation's end, and for tokens outside the reduced vocabulary.
       lengths: positions per conversation; they sum to n.
+      source: as in `Answers`.
     """
 
     features: Float[np.ndarray, "n D"]
     labels: Int[np.ndarray, "n C"]
     lengths: Int[np.ndarray, "c"]
+    source: str = ""
 
     @functools.cached_property
     def following(self) -> Int[np.ndarray, "n"]:
@@ -120,7 +122,7 @@ def dataset(answers: Answers, heads: Heads) -> Dataset:
         labels = reduce_labels(full, np.asarray(heads.token_map), config.vocab_size)
         if not (labels != IGNORED).any():
             raise DataError("no token of the text is in the heads' reduced vocabulary; choose it from this text.")
-    return Dataset(answers.features, labels, answers.lengths)
+    return Dataset(answers.features, labels, answers.lengths, answers.source)
 
 
 def frequent_tokens(tokens: Int[np.ndarray, "n"], size: int, vocab: int) -> Int[np.ndarray, "R"]:
@@ -294,6 +296,7 @@ def _identity(data: Dataset) -> dict[str, Any]:
         "labels": int((data.labels != IGNORED).sum()),
         "features": {"width": data.features.shape[1], "dtype": data.features.dtype.name},
         "fingerprint": arrays_fingerprint(data.labels, data.lengths),
+        "text": data.source,
     }
 
 

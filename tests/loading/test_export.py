@@ -120,6 +120,24 @@ def test_round_trips_are_exact(target, name, projection, dtype, tmp_path):
         same(sj.load_heads(file, target.config), heads)  # the dtype is the file's
 
 
+@pytest.mark.parametrize("name", ["medusa", "medusa-v2", "tensorrt-llm"])
+def test_reduced_vocabularies_can_be_widened(target, name, tmp_path):
+    """The residual blocks stay bit for bit, and the heads propose what the whole LM head gives."""
+    heads, copy = made(target, "shared", KEEP), name != "medusa-v2"
+    with pytest.raises(sj.ConfigError, match="or let them propose any token"):
+        export_heads(tmp_path, heads, target, name, base_model="base", copy_lm_head=copy)
+    export_heads(tmp_path, heads, target, name, base_model="base", copy_lm_head=copy, whole_vocabulary=True)
+    wide = sj.load_heads(tmp_path, target.config)
+    assert wide.token_map is None
+    for part in heads.params:
+        np.testing.assert_array_equal(wide.params[part], heads.params[part])
+    prompt, tree = [1, 2, 3], sj.Tree.chain(2)
+    outs = [sj.generate(target, prompt, drafter=sj.MedusaDrafter(h, tree), max_new_tokens=6) for h in (heads, wide)]
+    assert outs[0].tokens.tolist() == outs[1].tokens.tolist()
+    with pytest.raises(sj.ConfigError, match="cannot be widened"):
+        export_heads(tmp_path / "f", made(target, "full", KEEP), target, name, base_model="base", whole_vocabulary=True)
+
+
 @pytest.mark.parametrize("projection", ["full", "shared"])
 @pytest.mark.parametrize("name", ["vllm", "native"])
 def test_reduced_vocabularies_survive(target, name, projection, tmp_path):

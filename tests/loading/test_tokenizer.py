@@ -4,9 +4,11 @@ tests/parity holds the comparisons with transformers' tokenizers.
 """
 
 import json
+from datetime import date
 
 import pytest
 import tokenizers
+from conftest import TEMPLATE
 from gguf import TokenType
 from tokenizers import models, pre_tokenizers, processors
 
@@ -164,6 +166,18 @@ def test_templates_speak_transformers_dialect():
     assert _render("{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}") == "01"
     assert _render("{{ strftime_now('%Y') | length }}{{ add_generation_prompt }}") == "4True"
     assert _render("{{ add_generation_prompt }}", add_generation_prompt=False) == "False"
+
+
+def test_a_dated_tokenizer_has_a_day_of_its_own():
+    backend = tokenizers.Tokenizer(models.WordLevel({"?": 0}, "?"))
+    one = Tokenizer(
+        backend, chat_template="{{ strftime_now('%d %b %Y') }} {{ bos_token }}", special_tokens={"bos_token": "<s>"}
+    )
+    messages = [{"role": "user", "content": "hi"}]
+    assert one.dated(date(2024, 7, 26)).render_chat(messages) == "26 Jul 2024 <s>"
+    assert one.render_chat(messages) != "26 Jul 2024 <s>"
+    assert one.writes_the_date
+    assert not Tokenizer(backend, chat_template=TEMPLATE).writes_the_date
 
 
 @pytest.mark.parametrize(

@@ -91,8 +91,17 @@ def test_both_formats_give_the_same_conversations(tmp_path):
     assert text == "Hé, you<|e|>\n<|s|>user\nmore<|e|>\n<|s|>assistant\nno<|e|>"  # to the last assistant turn's end
     said = one.answer[one.mask]
     assert tokenizer.decode(said, skip_special_tokens=False) == "Hé, you<|e|>no<|e|>"
-    (cut, _) = read_conversations(file, tokenizer, max_tokens=len(one.prompt) + 3)
+    lines = []
+    (cut, _) = read_conversations(file, tokenizer, max_tokens=len(one.prompt) + 3, report=lines.append)
     assert tokenizer.decode(cut.answer) == "Hé"
+    assert "of 2 chats" in lines[0]
+    assert "2 have answers beyond" in lines[0]
+    assert "0 have none before that and are left out" in lines[0]
+    long = [{"role": "user", "content": "much " * 100}, CHAT[2]]
+    file.write_text(file.read_text("utf-8") + json.dumps({"messages": long}) + "\n", "utf-8")
+    assert len(read_conversations(file, tokenizer, max_tokens=400, report=lines.append)) == 2
+    assert "of 3 chats" in lines[1]
+    assert "1 have none before that and are left out" in lines[1]
     with pytest.raises(sj.DataError, match=r"no chat in .* has an answer within its first 5 tokens"):
         read_conversations(file, tokenizer, max_tokens=5)
 

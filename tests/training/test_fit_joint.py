@@ -47,6 +47,21 @@ def get_config():
 """
 
 
+SLOW = """
+import runpy, time
+from specjax.training import fit_joint
+
+prepared = fit_joint.prepared
+
+def slowly(*args, make=True, **options):
+    time.sleep(33 * make)
+    return prepared(*args, make=make, **options)
+
+fit_joint.prepared = slowly
+get_config = runpy.run_path({!r})["get_config"]
+"""
+
+
 @pytest.fixture(scope="module")
 def target(tmp_path_factory):
     """A chat model in a directory."""
@@ -160,7 +175,9 @@ def test_kills_change_nothing(experiment, alone, tmp_path):
 
 
 def test_two_hosts_give_the_result_of_one(experiment, alone, tmp_path):
-    """Process 0 makes the text and writes the result, the other one reads."""
+    """Process 0 makes the text, taking longer than XLA:CPU waits for a first collective, and writes the result."""
+    file = tmp_path / "slow.py"
+    file.write_text(SLOW.format(str(experiment)))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{free.getsockname()[1]}"
@@ -168,7 +185,7 @@ def test_two_hosts_give_the_result_of_one(experiment, alone, tmp_path):
     options = ["--output-dir", str(out), "--data.directory", str(tmp_path / "text")]
     hosts = ["--hosts.coordinator", coordinator, "--hosts.processes", "2", "--hosts.process-id"]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-m", "specjax.cli", "run", str(experiment), *options, *hosts]
+    command = [sys.executable, "-m", "specjax.cli", "run", str(file), *options, *hosts]
     both = [
         subprocess.Popen(
             [*command, str(i)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -219,6 +236,22 @@ def test_hosts_need_one_directory_and_a_run_its_settings(experiment, alone, tmp_
         (copy / name).symlink_to(out / name)
     assert main(["run", str(experiment), "--output-dir", str(copy), "--training.head-weight", "0.5"]) == 2
     assert "begun with training.head_weight 0.2 (now 0.5): go back" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_heads_are_fitted_on_the_fly_from_the_command_line(target, experiment, tmp_path):
+    """Medusa-1: the backbone stays, and no features are kept."""
+    prompts, text, out = experiment.parent / "p.jsonl", tmp_path / "text", tmp_path / "out"
+    options = [f"--model={target}", f"--data.prompts={prompts}", f"--data.directory={text}", f"--output-dir={out}"]
+    small = ["--data.shards=1", "--data.shard-size=40", "--data.batch-size=40", "--data.max-answer-tokens=24"]
+    small += ["--data.evaluation-share=0.3", "--training.epochs=1", "--training.batch-size=4", "--training.length=80"]
+    command = ["run", str(ROOT / "experiments" / "train_medusa_on_the_fly.py"), "--reduced-vocab-size=64"]
+    assert main([*command, *options, *small]) == 0
+    result = json.loads((out / "result.json").read_text())
+    assert result["config"]["training"]["lora"] is None
+    assert (out / "heads.safetensors").is_file()
+    assert not (out / "backbone").exists()
+    with np.load(text / "shard_00000.npz") as shard:
+        assert "features" not in shard
 
 
 def test_the_readmes_commands_for_training(target, tmp_path, monkeypatch):

@@ -72,7 +72,8 @@ def test_five_kills_change_nothing(tmp_path):
             time.sleep(rng.uniform(0.05, 0.6))
             process.send_signal(signal.SIGKILL)
             process.wait()
-            killed += process.returncode == -signal.SIGKILL
+            assert process.returncode == -signal.SIGKILL, "it ended before it was killed"
+            killed += 1
             continue
         process.communicate()
         assert process.returncode == 0

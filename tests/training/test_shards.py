@@ -192,7 +192,37 @@ def test_the_feature_budget(tiny, prompts, whole, tmp_path):
     check_budget(1000, tiny.config, 1000 * 16 * 2 / 1e9)
 
 
+def test_a_template_that_writes_the_date_writes_the_one_in_the_manifest(tiny, prompts, tmp_path):
+    template = "{{ strftime_now('%Y-%m-%d') }}" + tiny.tokenizer.chat_template
+    model = dataclasses.replace(tiny, tokenizer=Tokenizer(tiny.tokenizer.backend, chat_template=template))
+    data = settings(tmp_path, prompts, shards=1, date="2025-02-03")
+    (item, *_) = read_shards(distilled(model, data, QUIET))
+    assert model.tokenizer.decode(item.prompt).startswith("2025-02-03<user>")
+    assert manifest.load(tmp_path)[0].prompts["date"] == "2025-02-03"
+    with pytest.raises(sj.DataError, match="2025-02-03"):
+        distilled(model, dataclasses.replace(data, date="2025-02-04"), QUIET)
+
+
+def test_a_prompt_that_cannot_be_answered_stops_the_run_before_it_begins(tiny, tmp_path):
+    file = tmp_path / "p.jsonl"
+    texts = ["short", "long " * 600]
+    file.write_text("\n".join(json.dumps({"question_id": 1, "category": "c", "turns": [text]}) for text in texts))
+    data = settings(tmp_path / "d", file, shard_size=1)
+    with pytest.raises(sj.DataError, match=r"prompt 2 of .*p\.jsonl \('long long .*takes 2042\. Shorten it"):
+        distilled(tiny, data, QUIET)
+    assert not (tmp_path / "d").exists()
+
+
+def test_prompts_beyond_the_shards_are_counted(tiny, prompts, tmp_path, capsys):
+    distilled(tiny, settings(tmp_path, prompts, shards=1), Console(width=200))
+    assert "has 19 different prompts, 1 shards take the first 4: set shards to 5" in capsys.readouterr().out
+
+
 def test_bad_settings(tiny, tmp_path):
+    with pytest.raises(sj.ConfigError, match=r"date is 'today'; expected a day as in 2026-01-31"):
+        Distillation(date="today")
+    with pytest.raises(sj.ConfigError, match=r"chats is 'c.jsonl', which is trained on as it is; prompts 'seeds'"):
+        Distillation(chats="c.jsonl", prompts="seeds")
     with pytest.raises(sj.ConfigError, match="evaluation_share < 1"):
         Distillation(evaluation_share=0.0)
     with pytest.raises(sj.ConfigError, match=r"top_k is 5, top_p 1.0 at temperature 0"):

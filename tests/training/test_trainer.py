@@ -244,6 +244,10 @@ def test_a_run_with_other_settings_heads_or_data_is_refused(cyclic, tmp_path):
             {"data": dataclasses.replace(data, features=data.features.astype(np.float16))},
             r"data\.features\.dtype '\w+' \(now 'float16'\): ",
         ),
+        (
+            {"data": dataclasses.replace(data, source="with another system prompt")},
+            r"data\.text '' \(now 'with another",
+        ),
         ({"model": tiny_model(1)}, r"target '\w+' \(now '\w+'\)"),
     ):
         asked = {"heads": heads, "model": model, "data": data, "held_out": check, "config": config, "tree": None}

@@ -1,0 +1,23 @@
+"""Fits Medusa heads with the target's features computed on the fly, for text whose features would not fit on the disk.
+
+    specjax run experiments/train_medusa_on_the_fly.py --model MODEL --data.chats chats.jsonl --output-dir results/mine
+
+The backbone stays as it is (Medusa-1). Every step runs the frozen target over packed conversations, so that it costs
+more than with cached features, and nothing but the text is kept. It runs on a mesh and on several hosts
+(`--mesh.data`, `--mesh.model`, `--hosts.*`), as `train_smollm2_medusa2.py` says.
+
+Record: none; the tests run it on tiny models.
+"""
+
+from specjax.training.distillation import Distillation
+from specjax.training.fit_joint import FitJoint
+from specjax.training.joint import JointConfig
+
+
+def get_config() -> FitJoint:
+    return FitJoint(
+        name="train_medusa_on_the_fly",
+        model="smollm2-135m-instruct",
+        data=Distillation(shards=90, features=False),
+        training=JointConfig(epochs=3, batch_size=8, length=512, select="best"),
+    )
