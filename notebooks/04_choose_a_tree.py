@@ -87,10 +87,10 @@ prompts = lab.load_prompts()
 prompts = [prompts[i] for i in lab.per_category([p.category for p in prompts], 1)]
 prompts = [prompt for prompt in prompts if len(prompt.turns[0]) < 600]  # short ones decode fast
 ids = [model.tokenizer.apply_chat_template([{"role": "user", "content": p.turns[0]}]) for p in prompts]
-timed = (1, 2, 4, 8, 16)
+timed = (1, 4, 8, 16)
 found = lab.search_trees(chosen_on, timed[1:])
 family = [sj.Tree.chain(0), *(one.tree for one in found)]
-taken = lab.time_rounds(model, heads, family, ids[0], rounds=8, repeats=3, capacity=512)
+taken = lab.time_rounds(model, heads, family, ids[0], rounds=6, repeats=3, capacity=512)
 times = lab.RoundTimes(timed, tuple(row["median"] for row in taken))
 for size, row in zip(timed, taken, strict=True):
     low, median, high = (row[key] / taken[0]["median"] for key in ("min", "median", "max"))
@@ -136,18 +136,20 @@ trees = {"autoregressive": family[0], "chosen tree": best}
 outs, seconds = {}, dict.fromkeys(trees, 0.0)
 
 
-def clock(tree, tokens):
+def clock(tree, tokens, ids=ids):
     request = {"max_new_tokens": tokens, "capacity": 512, "eos_token_ids": ()}
     begin = time.perf_counter()
     made = [sj.generate(model, i, drafter=sj.MedusaDrafter(heads, tree), **request) for i in ids]
     return made, time.perf_counter() - begin
 
 
-for repeat in range(3):  # the first compiles what is not yet, and does not count
+for tree in trees.values():
+    clock(tree, 2, ids[:1])  # compiles what is not yet
+for _ in range(2):
     for label, tree in trees.items():
         _, prefill = clock(tree, 1)
-        outs[label], whole = clock(tree, 24)
-        seconds[label] += (whole - prefill) * (repeat > 0) / 2
+        outs[label], whole = clock(tree, 16)
+        seconds[label] += (whole - prefill) / 2
 
 for label in trees:
     rounds = sum(out.rounds for out in outs[label])
