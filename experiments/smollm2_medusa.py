@@ -26,6 +26,18 @@ decoding in the same dtype:
 Against the fastest baseline (float32, 48.5 tokens a second; bfloat16 47.7) the bfloat16 hybrid is at 1.29, Medusa at
 1.14. A run earlier that day: 1.06, 1.12, 1.16 and 1.33 (0.80-1.97) in the table's order.
 
+There medusa_bf16 had a tree of 6 nodes by decree; since then it is chosen, and timed as on the next machine.
+
+On an Intel Xeon with AMX (`result_amx.json`; nothing else running; 5:03 without installation), against the same dtype's
+baseline (32.5 tokens a second in either):
+
+    medusa             float32    4      1.36          0.36            0.89 (0.70-1.12)  10 of 10
+    ngram+medusa       float32    8      1.63          0.63            0.98 (0.68-1.70)  10 of 10
+    medusa_bf16        bfloat16   6      1.43          0.43            1.34 (0.89-1.58)  6 of 10
+    ngram+medusa_bf16  bfloat16   9      1.70          0.70            1.49 (0.92-2.09)  8 of 10
+
+An earlier run that day: 0.87, 1.06, 1.27 and 1.38 (0.83-2.50).
+
 Without AVX-512 (Zen 3; `result_zen3.json`; 6:52 with installation): medusa in float32 with 4 nodes 1.36 tokens per
 round, 0.94 (0.75-1.23); ngram+medusa 1.63, 1.09 (0.74-1.73); medusa_bf16 1.43, 1.02 (0.84-1.42), ngram+medusa_bf16
 1.70, 1.17 (0.64-1.94), against float32's baseline 0.91 (0.81-1.17) and 1.05 (0.68-1.60). 10 of 10 the same in
