@@ -26,7 +26,7 @@ decoding in the same dtype:
 Against the fastest baseline (float32, 48.5 tokens a second; bfloat16 47.7) the bfloat16 hybrid is at 1.29, Medusa at
 1.14. A run earlier that day: 1.06, 1.12, 1.16 and 1.33 (0.80-1.97) in the table's order.
 
-There medusa_bf16 had a tree of 6 nodes by decree; since then it is chosen, and timed as on the next machine.
+The tree of medusa_bf16 was set to 6 nodes there; since then it is chosen by timing, too.
 
 On an Intel Xeon with AMX (`result_amx.json`; nothing else running; 5:03 without installation), against the same dtype's
 baseline (32.5 tokens a second in either):
@@ -36,7 +36,8 @@ baseline (32.5 tokens a second in either):
     medusa_bf16        bfloat16   6      1.43          0.43            1.34 (0.89-1.58)  6 of 10
     ngram+medusa_bf16  bfloat16   9      1.70          0.70            1.49 (0.92-2.09)  8 of 10
 
-An earlier run that day: 0.87, 1.06, 1.27 and 1.38 (0.83-2.50).
+Over float32's baseline the last two are at 1.27 (0.85-1.64) and 1.54. An earlier run that day: 0.87, 1.06, 1.27 and
+1.38 (0.83-2.50).
 
 Without AVX-512 (Zen 3; `result_zen3.json`; 6:52 with installation): medusa in float32 with 4 nodes 1.36 tokens per
 round, 0.94 (0.75-1.23); ngram+medusa 1.63, 1.09 (0.74-1.73); medusa_bf16 1.43, 1.02 (0.84-1.42), ngram+medusa_bf16

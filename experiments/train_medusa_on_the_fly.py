@@ -18,6 +18,6 @@ def get_config() -> FitJoint:
     return FitJoint(
         name="train_medusa_on_the_fly",
         model="smollm2-135m-instruct",
-        data=Distillation(shards=90, features=False),
+        data=Distillation("results/distill_without_features", shards=90, features=False),
         training=JointConfig(epochs=3, batch_size=8, length=512, select="best"),
     )

@@ -72,8 +72,8 @@ def _warn_of_other_heads(tree: Tree | None, loaded: Heads, name: str) -> None:
     searched = table.get("heads") if isinstance(table, dict) else None
     if tree is not None and searched is not None and searched != fingerprint((loaded.params, loaded.token_map)):
         warnings.warn(
-            f"the tree {tree.name!r} was searched for other heads ({searched}) than {name}: it fits, but another may "
-            "be faster. `specjax tree measure` and `specjax tree optimise` find one for these.",
+            f"the tree {tree.name!r} of {tree.size} nodes was searched for other heads ({searched}) than {name}: it "
+            "fits, but another may be faster. `specjax tree measure` and `specjax tree optimise` find one for these.",
             stacklevel=4,
         )
 

@@ -69,8 +69,9 @@ def export_heads(
     """
     if target not in TARGETS:
         raise ConfigError(f"no layout {target!r}; expected one of {', '.join(TARGETS)}.")
-    if whole_vocabulary:
+    if whole_vocabulary and heads.config.reduced_vocab_size is not None:
         heads = _over_the_whole_vocabulary(heads)
+        metadata = {key: value for key, value in (metadata or {}).items() if key not in ("hits", "accuracy")}
     plan, config, directory = TARGETS[target], heads.config, Path(directory)
     vocab, width = model.params.unembedding.shape
     if (config.vocab_size, config.hidden_size) != (vocab, width):

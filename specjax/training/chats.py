@@ -58,9 +58,9 @@ def read_conversations(
         except PromptError as error:
             raise DataError(f"{where}: {error}") from error
         tokens, mask = np.array(ids[:max_tokens], np.int32), np.array(said[:max_tokens], bool)
-        cut += any(said[max_tokens:])
         at = np.flatnonzero(mask)
         if len(at) and at[0] > 0:
+            cut += any(said[max_tokens:])
             begin, end = at[0], at[-1] + 1
             found.append(Conversation(tokens[:begin], tokens[begin:end], mask=mask[begin:end]))
     if found and (cut or len(found) < len(chats)):

@@ -179,7 +179,7 @@ def _check_prompts(model: Model, data: Distillation, asked: list[list[dict[str, 
     # Before the first shard: a file that is mended later has another fingerprint, and what was made would be lost.
     room = model.config.max_positions - data.max_answer_tokens
     for number, messages in enumerate(asked, 1):
-        start = f"prompt {number} of {data.prompts} ({messages[-1]['content'][:40]!r}...)"
+        start = f"prompt {number} of the different ones in {data.prompts} ({messages[-1]['content'][:40]!r}...)"
         try:
             length = len(chat_tokenizer(model).apply_chat_template(messages))
         except PromptError as error:

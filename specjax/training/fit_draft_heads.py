@@ -1,6 +1,7 @@
 """Fitting heads to a draft model, as a target in its own right: a trained Qwen2 small enough for tests."""
 
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ class FitDraftHeads(HeadFit):
 
     def run(self, output_dir: Path, console: Console) -> dict[str, Any]:
         """Makes the text, then `fit`."""
-        tokenizer = chat_tokenizer(load_model(self.tokenizer, dtype="bfloat16"))
+        tokenizer = chat_tokenizer(load_model(self.tokenizer, dtype="bfloat16")).dated(date(2026, 1, 1))
         model, token_map = load_draft(self.draft)
         model = replace(model, config=replace(model.config, name=self.draft))
         asked = [

@@ -33,7 +33,7 @@ from specjax.training.trainer import check_reduced, frequent_tokens
 from specjax.tree import Tree
 
 BACKBONE, HEADS = "backbone", "heads.safetensors"
-TEXT_MARK = "text.made"  # tells other hosts that the text is there
+TEXT_MARK, EXPORT_MARK = "text.made", "export.made"  # tell the other hosts
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,10 @@ class FitJoint:
         mesh, first = self.mesh.build(), jax.process_index() == 0
         model = load_model(self.model, dtype=jnp.bfloat16)
         read = functools.partial(prepared, model, self.data, console, features=False)
-        made = first_alone(read, output_dir / TEXT_MARK)  # one process writes
+        # One process writes shards; a file of chats all read at once.
+        made = read() if self.data.chats is not None else first_alone(read, output_dir / TEXT_MARK)
         text, held_out = made or read(make=False)
+        multihost_utils.sync_global_devices("read")
         heads = self._start(model, text)
         tree = tree_for(None if self.tree is None else Tree.parse(self.tree), self.num_heads)
         training = self.training
@@ -87,13 +89,13 @@ class FitJoint:
         else:
             fitted = fit()
         chosen = selected(fitted.log, training.select)
-        name = tree.name or f"{tree.size} nodes"
-        figures: list[str] = []
-        if first:
+
+        def write() -> list[str]:
             metadata = {"target": self.model, "config": asdict(self)}
             export(output_dir, model, fitted, metadata | {k: chosen["eval"][k] for k in ("hits", "accuracy")})
-            figures = save_training_figures(fitted.log, output_dir, name)
-        multihost_utils.sync_global_devices("written")  # no process ends while the first one still writes
+            return save_training_figures(fitted.log, output_dir, tree.name or f"{tree.size} nodes")
+
+        figures = first_alone(write, output_dir / EXPORT_MARK) or []  # no process ends while the first one still writes
         return {
             "experiment": self.name,
             "config": asdict(self),

@@ -18,13 +18,15 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Shaped
 
-from specjax.errors import ConfigError
+from specjax.errors import ConfigError, DataError
 from specjax.heads import Heads
 from specjax.params import DEFAULT_SHARDING, ParamSpec, named_sharding
+from specjax.training.manifest import write_atomically
 from specjax.training.optimiser import Optimiser
 
 DATA, MODEL = "data", "model"
 T = TypeVar("T")
+_DONE = "done"
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,8 @@ class HostsConfig:
                 jax.distributed.initialize(self.coordinator, self.processes, self.process_id)
         except (RuntimeError, ValueError) as error:
             raise ConfigError(f"{self} cannot be joined: {error}") from error
-        # Now that all are here: the first collective fails where a process comes to it 30 seconds after another (Gloo).
+        # Now that all are here: a first collective fails where a process comes to it 30 seconds after another (Gloo).
+        # Later ones wait longer, 70 seconds were tried; `first_alone` does not depend on them.
         multihost_utils.sync_global_devices("joined")
 
 
@@ -104,19 +107,31 @@ def first_alone(act: Callable[[], T], mark: Path) -> T | None:
 
     Args:
       mark: in a directory that all processes see; it is left behind.
+
+    Raises:
+      DataError: in the others, where `act` failed in the first one, which raises what it raised.
     """
     first = jax.process_index() == 0
     if first:
         mark.parent.mkdir(parents=True, exist_ok=True)
         mark.unlink(missing_ok=True)  # of a run that was stopped
     multihost_utils.sync_global_devices(f"before {mark.name}")
+    done = None
     if first:
-        done = act()
-        mark.touch()
-        return done
-    while not mark.exists():  # where the first process ends with an error, jax ends this one
+        outcome = _DONE
+        try:
+            done = act()
+        except BaseException as error:
+            outcome = f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            write_atomically(mark, outcome.encode())
+    while not mark.exists():
         time.sleep(0.2)
-    return None
+    if (outcome := mark.read_text("utf-8")) != _DONE:
+        raise DataError(f"the first process failed, so this one ends too ({outcome}).")
+    multihost_utils.sync_global_devices(f"after {mark.name}")  # all have seen the mark
+    return done
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -15,6 +15,7 @@ from specjax.cli import main
 from specjax.heads import init_heads
 from specjax.loading import torch_pickle
 from specjax.loading.export import TARGETS, export_heads
+from specjax.loading.heads import heads_metadata
 from specjax.loading.hf import load_hf, save_hf
 
 D, V, C, L = 16, 61, 3, 2
@@ -131,11 +132,19 @@ def test_reduced_vocabularies_can_be_widened(target, name, tmp_path):
     assert wide.token_map is None
     for part in heads.params:
         np.testing.assert_array_equal(wide.params[part], heads.params[part])
-    prompt, tree = [1, 2, 3], sj.Tree.chain(2)
-    outs = [sj.generate(target, prompt, drafter=sj.MedusaDrafter(h, tree), max_new_tokens=6) for h in (heads, wide)]
-    assert outs[0].tokens.tolist() == outs[1].tokens.tolist()
+    assert (wide.config.projection, wide.config.reduced_vocab_size) == ("full" if copy else "shared", None)
+    for i in range(C if copy else 0):
+        np.testing.assert_array_equal(wide.params[f"projection_{i}"], target.params.unembedding)
     with pytest.raises(sj.ConfigError, match="cannot be widened"):
         export_heads(tmp_path / "f", made(target, "full", KEEP), target, name, base_model="base", whole_vocabulary=True)
+
+
+def test_widened_heads_forget_how_good_they_were(target, tmp_path):
+    heads, known = made(target, "shared", KEEP), {"hits": [[0.5]], "accuracy": {"top1": [0.5]}, "target": "t"}
+    request = {"base_model": "base", "metadata": known, "whole_vocabulary": True}
+    assert heads_metadata(export_heads(tmp_path / "a", heads, target, "native", **request)) == {"target": "t"}
+    whole = made(target, "full")  # nothing to widen
+    assert heads_metadata(export_heads(tmp_path / "b", whole, target, "native", **request)) == known
 
 
 @pytest.mark.parametrize("projection", ["full", "shared"])

@@ -143,6 +143,53 @@ def test_hosts_with_other_text_or_checkpoints_are_refused(tmp_path):
     assert not list((tmp_path / "one").iterdir())
 
 
+FIRST = """
+import sys, time
+from pathlib import Path
+from specjax.errors import DataError
+from specjax.training.mesh import HostsConfig, first_alone
+
+def act():
+    time.sleep(1)
+    if sys.argv[2] == "fails":
+        raise DataError("no text")
+    return "made"
+
+mark, process = Path(sys.argv[1]) / "new" / "mark", int(sys.argv[4])
+HostsConfig(sys.argv[3], 2, process).join()
+for _ in range(2 if sys.argv[2] == "works" else 1):  # a mark of before does not count
+    begun = time.time()
+    try:
+        print(first_alone(act, mark), time.time() - begun >= 0.9, flush=True)
+    except DataError as error:
+        print(error, flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("outcome", "said"),
+    [
+        ("works", ["made True", "None True"]),
+        ("fails", ["no text", "the first process failed, so this one ends too (DataError: no text)."]),
+    ],
+)
+def test_hosts_wait_for_what_the_first_does_alone(tmp_path, outcome, said):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+    (tmp_path / "first.py").write_text(FIRST)
+    command = [sys.executable, str(tmp_path / "first.py"), str(tmp_path), outcome, coordinator]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    both = [subprocess.Popen([*command, str(i)], env=environment, stdout=subprocess.PIPE, text=True) for i in range(2)]
+    try:
+        outs = [process.communicate(timeout=120)[0].splitlines() for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    for lines, expected in zip(outs, said, strict=True):
+        assert [line for line in lines if "Gloo" not in line] == [expected] * (2 if outcome == "works" else 1)
+
+
 def counting(limit=None):
     """A dataset of 0, 1, 2, ..."""
     numbers = grain.MapDataset.range(10**6 if limit is None else limit)
