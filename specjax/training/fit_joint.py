@@ -4,7 +4,7 @@ import functools
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +54,7 @@ class FitJoint:
     num_layers: int = 1
     reduced_vocab_size: int | None = 8192
     tree: str | None = None
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the target and of the products; what is fitted is float32
     data: Distillation = field(default_factory=Distillation)
     training: JointConfig = field(default_factory=lambda: JointConfig(lora=LoraConfig(), select="best"))
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -70,7 +71,7 @@ class FitJoint:
         """
         self.hosts.join()
         mesh, first = self.mesh.build(), jax.process_index() == 0
-        model = load_model(self.model, dtype=jnp.bfloat16)
+        model = load_model(self.model, dtype=self.dtype)
         read = functools.partial(prepared, model, self.data, console, features=False)
         # One process writes shards; a file of chats all read at once.
         made = read() if self.data.chats is not None else first_alone(read, output_dir / TEXT_MARK)

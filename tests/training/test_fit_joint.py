@@ -174,24 +174,28 @@ def test_kills_change_nothing(experiment, alone, tmp_path):
         assert weight.tobytes() == theirs[name].tobytes()
 
 
-def test_two_hosts_give_the_result_of_one(experiment, alone, tmp_path):
-    """Process 0 makes the text, taking longer than XLA:CPU waits for a first collective, and writes the result."""
-    file = tmp_path / "slow.py"
-    file.write_text(SLOW.format(str(experiment)))
+def test_two_hosts_give_the_result_of_one(experiment, tmp_path):
+    """Process 0 makes the text, taking longer than XLA:CPU waits for a first collective, and writes the result.
+
+    In float32: in bfloat16 the rounding depends on how many rows a process has, and grows from step to step, by how
+    much depends on the kind of CPU.
+    """
+    same = ["--dtype", "float32", "--training.epochs", "6", "--data.directory", str(tmp_path / "text")]
+    (tmp_path / "slow.py").write_text(SLOW.format(str(experiment)))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{free.getsockname()[1]}"
-    out = tmp_path / "out"
-    options = ["--output-dir", str(out), "--data.directory", str(tmp_path / "text")]
+    one, two = tmp_path / "one", tmp_path / "two"
     hosts = ["--hosts.coordinator", coordinator, "--hosts.processes", "2", "--hosts.process-id"]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-m", "specjax.cli", "run", str(file), *options, *hosts]
+    command = [sys.executable, "-m", "specjax.cli", "run", str(tmp_path / "slow.py"), "--output-dir", str(two)]
     both = [
         subprocess.Popen(
-            [*command, str(i)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            [*command, *same, *hosts, str(i)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True,
         )
         for i in range(2)
-    ]
+    ]  # fmt: skip
     try:
         said = [process.communicate(timeout=600)[0] for process in both]
     finally:
@@ -200,25 +204,22 @@ def test_two_hosts_give_the_result_of_one(experiment, alone, tmp_path):
     assert [process.returncode for process in both] == [0, 0], said
     assert ["wrote" in text for text in said] == [True, False]
     assert ["distilling" in text for text in said] == [True, False]
-    ours, (theirs_dir, theirs) = json.loads((out / "result.json").read_text()), alone
+    assert main(["run", str(experiment), "--output-dir", str(one), *same]) == 0
+    ours, theirs = (json.loads((directory / "result.json").read_text()) for directory in (two, one))
     assert (ours["processes"], ours["mesh"]) == (2, {"data": 2, "model": 1})
-    for name in ("conversations", "answer_tokens", "tree", "figures"):
+    for name in ("conversations", "answer_tokens", "tree", "figures", "step"):
         assert ours[name] == theirs[name]
-    np.testing.assert_allclose(losses(log_of(out)), losses(log_of(theirs_dir)), rtol=0, atol=1e-2)  # bfloat16 products
+    assert len(losses(log_of(one))) > 50
+    np.testing.assert_allclose(losses(log_of(two)), losses(log_of(one)), rtol=0, atol=1e-5)  # seen: 1.4e-6
     for a, b in zip(ours["evaluations"], theirs["evaluations"], strict=True):
-        np.testing.assert_allclose(a["eval"]["accuracy"]["top1"], b["eval"]["accuracy"]["top1"], atol=0.02)
-        assert a["eval"]["tokens_per_round"] == pytest.approx(
-            b["eval"]["tokens_per_round"], abs=0.05
-        )  # measured: 0.021
-    # Which of two near-equal checkpoints is best may differ (measured: steps 154 and 150, 0.004 apart in the weights).
-    scores = {e["step"]: e["eval"]["tokens_per_round"] for e in theirs["evaluations"]}
-    assert scores[ours["step"]] == pytest.approx(theirs["record"]["tokens_per_round"], abs=0.05)
-    one, two = (safetensors.numpy.load_file(directory / "heads.safetensors") for directory in (theirs_dir, out))
-    assert one.keys() == two.keys()
-    for name, weight in one.items():
-        np.testing.assert_allclose(two[name].astype(np.float32), weight.astype(np.float32), rtol=0, atol=1e-2)
-    assert len(list((out / "tensorboard").iterdir())) == 1
-    assert (out / "backbone").is_dir()
+        np.testing.assert_allclose(a["eval"]["accuracy"]["top1"], b["eval"]["accuracy"]["top1"], atol=0.005)
+        assert a["eval"]["tokens_per_round"] == pytest.approx(b["eval"]["tokens_per_round"], abs=0.01)
+    files = [safetensors.numpy.load_file(directory / "heads.safetensors") for directory in (one, two)]
+    assert files[0].keys() == files[1].keys()
+    for name, weight in files[0].items():  # stored in bfloat16: next to each other at the most
+        np.testing.assert_allclose(files[1][name].astype(np.float32), weight.astype(np.float32), rtol=2**-7, atol=1e-5)
+    assert len(list((two / "tensorboard").iterdir())) == 1
+    assert (two / "backbone").is_dir()
 
 
 def test_hosts_need_one_directory_and_a_run_its_settings(experiment, alone, tmp_path, capsys, monkeypatch):
@@ -242,8 +243,14 @@ def test_heads_are_fitted_on_the_fly_from_the_command_line(target, experiment, t
     """Medusa-1: the backbone stays, and no features are kept."""
     prompts, text, out = experiment.parent / "p.jsonl", tmp_path / "text", tmp_path / "out"
     options = [f"--model={target}", f"--data.prompts={prompts}", f"--data.directory={text}", f"--output-dir={out}"]
-    small = ["--data.shards=1", "--data.shard-size=40", "--data.batch-size=40", "--data.max-answer-tokens=24"]
-    small += ["--data.evaluation-share=0.3", "--training.epochs=1", "--training.batch-size=4", "--training.length=80"]
+    small = ["--data.shards=2", "--data.shard-size=40", "--data.batch-size=40", "--data.max-answer-tokens=24"]
+    small += [
+        "--data.temperature=0.3",
+        "--data.evaluation-share=0.3",
+        "--training.epochs=1",
+        "--training.batch-size=4",
+        "--training.length=80",
+    ]
     command = ["run", str(ROOT / "experiments" / "train_medusa_on_the_fly.py"), "--reduced-vocab-size=64"]
     assert main([*command, *options, *small]) == 0
     result = json.loads((out / "result.json").read_text())
