@@ -51,7 +51,8 @@ print("the root, its newest token:", repr(text(one.before[-1])))
 #
 # The rounds before left two things: the **root**, the newest committed token, which the target has not read yet, and the
 # hidden state that predicted it. Medusa heads read that state and guess the tokens after the root, one head for each level
-# of the tree. The static tree says which combinations are proposed: here the first head's three best, below each the second head's two best, and so on.
+# of the tree. The static tree says which combinations are proposed: here the first head's three best, below each the second
+# head's two best, and so on.
 
 # %%
 axes = lab.draw_tree(tree, labels=[repr(text(token)) for token in one.drafts])

@@ -172,5 +172,5 @@ print("the tree pays on this text" if gain > 1 else "no tree pays here, on this 
 
 # %% [markdown]
 # If the tree lost, nothing was wrong with it: in this dtype, on this machine, the text is too hard for what a round costs,
-# and the honest answer is to decode without. So: measure on the text that you will decode. `specjax tree measure` does it for your prompts, `specjax bench` times your
-# machine, and `specjax tree optimise` puts both together.
+# and the honest answer is to decode without. So: measure on the text that you will decode. `specjax tree measure` does it
+# for your prompts, `specjax bench` times your machine, and `specjax tree optimise` puts both together.

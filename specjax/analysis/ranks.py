@@ -5,7 +5,6 @@ decoding again (`simulate`, `search`).
 """
 
 import functools
-import hashlib
 import json
 import math
 import time
@@ -21,7 +20,7 @@ from jaxtyping import Array, Float, Int
 from specjax.analysis.table import UNLABELLED, RankTable
 from specjax.config import ModelConfig
 from specjax.errors import DataError, is_whole
-from specjax.fingerprint import fingerprint, float_dtype
+from specjax.fingerprint import fingerprint, float_dtype, text_fingerprint
 from specjax.heads import Heads, draft_projection, project
 from specjax.loading.load import Model
 from specjax.model import forward, unembed
@@ -84,7 +83,6 @@ def measure(
     projection = draft_projection(heads, model.params.unembedding)
     vocab, token_map = model.config.vocab_size, heads.token_map
     columns: list[tuple[np.ndarray, ...]] = []
-    digest = hashlib.sha256()
     began = time.perf_counter()
     for number, text in enumerate(texts):
         prompt, answer = np.asarray(text.prompt), np.asarray(text.answer)
@@ -128,7 +126,6 @@ def measure(
         if typical_temperature is not None:
             others[3] = np.where((labels == IGNORED)[..., None], -np.inf, others[3])
         columns.append((ranks_here.astype(np.int16), *others, answer.astype(np.int32)))
-        digest.update(json.dumps([prompt.tolist(), answer.tolist()]).encode())
         progress(len(answer))
     seconds = time.perf_counter() - began
     ranks, confidence, log_p, entropy, *typical, tokens = (
@@ -140,7 +137,9 @@ def measure(
         "heads": fingerprint((heads.params, heads.token_map)),
         "dtype": float_dtype(model.params),
         "heads_dtype": float_dtype(heads.params),
-        "text": digest.hexdigest()[:16],  # of all prompts and answers
+        "text": text_fingerprint(
+            "".join(json.dumps([list(map(int, t.prompt)), list(map(int, t.answer))]) for t in texts)
+        ),
         "specjax": version("specjax"),
         "tokens": len(tokens),
         "tokens_per_second": len(tokens) / seconds,

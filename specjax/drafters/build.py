@@ -67,10 +67,10 @@ def build_drafter(
     return parts[0] if len(parts) == 1 else HybridDrafter(tuple(parts))
 
 
-def _warn_of_other_heads(tree: Tree | None, loaded: Heads, name: str) -> None:
-    table = {} if tree is None else tree.provenance.get("table")
+def _warn_of_other_heads(tree: Tree, loaded: Heads, name: str) -> None:
+    table = tree.provenance.get("table")  # free-form
     searched = table.get("heads") if isinstance(table, dict) else None
-    if tree is not None and searched is not None and searched != fingerprint((loaded.params, loaded.token_map)):
+    if searched is not None and searched != fingerprint((loaded.params, loaded.token_map)):
         warnings.warn(
             f"the tree {tree.name!r} of {tree.size} nodes was searched for other heads ({searched}) than {name}: it "
             "fits, but another may be faster. `specjax tree measure` and `specjax tree optimise` find one for these.",
@@ -94,7 +94,8 @@ def _part(
         if heads is None:
             raise ConfigError("the drafter medusa needs heads; name them (--heads).")
         loaded = load_heads(heads, target.config, dtype=dtype)
-        _warn_of_other_heads(tree, loaded, heads)
+        if tree is not None:
+            _warn_of_other_heads(tree, loaded, heads)
         deep = [path for path in usual.rank_paths if len(path) <= loaded.config.num_heads]
         return MedusaDrafter(loaded, tree or Tree.from_paths(deep))
     if draft_model is None:

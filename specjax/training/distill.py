@@ -7,6 +7,7 @@ anyway, so that no second pass over the text is needed.
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import date
 from typing import NamedTuple
 
 import jax
@@ -23,6 +24,8 @@ from specjax.loading.load import Model
 from specjax.loading.tokenizer import Tokenizer
 from specjax.model import PREFILL_CHUNK
 from specjax.params import Params
+
+TODAY = date(2026, 1, 1)  # to chat templates that write it, so that training text is the same whenever it is made
 
 
 @dataclass(frozen=True)
@@ -116,13 +119,8 @@ def answer(
     """
     if len(prompts) == 0:
         raise DataError("there are no prompts to answer; pass at least one.")
-    room = model.config.max_positions - max_new_tokens
     for i, prompt in enumerate(prompts):
-        if not 0 < len(prompt) <= room:
-            raise DataError(
-                f"prompt {i} has {len(prompt)} tokens; with answers of up to {max_new_tokens} the model's context of "
-                f"{model.config.max_positions} takes 1 to {room}. Shorten it or lower max_new_tokens."
-            )
+        check_prompt(f"prompt {i}", len(prompt), model.config, max_new_tokens)
     keys = jax.random.split(key, len(prompts))
     parts: list[tuple[np.ndarray, np.ndarray] | None] = [None] * len(prompts)
     for members, size, width in _grouped(list(map(len, prompts)), batch_size, smallest):
@@ -145,6 +143,16 @@ def answer(
         np.concatenate([features for _, features in done]),
         np.array([len(tokens) for tokens, _ in done], np.int32),
     )
+
+
+def check_prompt(name: str, length: int, config: ModelConfig, max_new_tokens: int) -> None:
+    """Raises DataError for an empty prompt, or one that leaves no room in the model's context."""
+    room = config.max_positions - max_new_tokens
+    if not 0 < length <= room:
+        raise DataError(
+            f"{name} has {length} tokens; with answers of up to {max_new_tokens} the model's context of "
+            f"{config.max_positions} takes 1 to {room}. Shorten it or allow shorter answers."
+        )
 
 
 def _grouped(lengths: list[int], batch_size: int | None, smallest: int) -> Iterator[tuple[list[int], int, int]]:

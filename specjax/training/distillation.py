@@ -21,7 +21,7 @@ from specjax.loading.load import Model, load_model
 from specjax.training import manifest
 from specjax.training.chats import read_conversations, read_prompts
 from specjax.training.corpus import Split, check_budget, split, with_features
-from specjax.training.distill import chat_tokenizer, user_turns
+from specjax.training.distill import TODAY, chat_tokenizer, check_prompt, user_turns
 from specjax.training.manifest import Manifest
 from specjax.training.seeds import seed_prompts
 from specjax.training.shards import Messages, read_shards, write_shards
@@ -47,7 +47,9 @@ class Distillation:
     turn_seed: int = 7  # of the user turns that the model writes
     prompt_seed: int = 1000  # of the seed prompts
     answer_seed: int = 0  # of sampled answers
-    date: str = "2026-01-01"  # today, to chat templates that write it (Llama 3.2's): the same whenever a run goes on
+    date: str = (
+        TODAY.isoformat()
+    )  # today, to chat templates that write it (Llama 3.2's): the same whenever a run goes on
     evaluation_share: float = 0.02  # of the prompts, by hash; never trained on
     features: bool = True  # kept on disk beside the text: 2 bytes a token and unit of width
     feature_budget_gb: float = 8.0  # GB (1e9 bytes) that they may take; in memory twice that while they are joined
@@ -177,18 +179,13 @@ def _dated(model: Model, data: Distillation) -> Model:
 
 def _check_prompts(model: Model, data: Distillation, asked: list[list[dict[str, str]]]) -> None:
     # Before the first shard: a file that is mended later has another fingerprint, and what was made would be lost.
-    room = model.config.max_positions - data.max_answer_tokens
     for number, messages in enumerate(asked, 1):
         start = f"prompt {number} of the different ones in {data.prompts} ({messages[-1]['content'][:40]!r}...)"
         try:
             length = len(chat_tokenizer(model).apply_chat_template(messages))
         except PromptError as error:
             raise DataError(f"{start}: {error}") from error
-        if length > room:
-            raise DataError(
-                f"{start} has {length} tokens; with answers of up to {data.max_answer_tokens} the model's context of "
-                f"{model.config.max_positions} takes {room}. Shorten it or lower max_answer_tokens."
-            )
+        check_prompt(start, length, model.config, data.max_answer_tokens)
 
 
 def _user_turns(model: Model, data: Distillation, shard: int) -> list[str]:

@@ -1,7 +1,6 @@
 """Fitting heads to a draft model, as a target in its own right: a trained Qwen2 small enough for tests."""
 
 from dataclasses import dataclass, replace
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from specjax.errors import ConfigError
 from specjax.loading.load import load_draft, load_model
 from specjax.training.corpus import joined, split
 from specjax.training.data import conversations
-from specjax.training.distill import answer, chat_tokenizer
+from specjax.training.distill import TODAY, answer, chat_tokenizer
 from specjax.training.fit_heads import HeadFit
 from specjax.training.seeds import seed_prompts
 
@@ -38,7 +37,7 @@ class FitDraftHeads(HeadFit):
 
     def run(self, output_dir: Path, console: Console) -> dict[str, Any]:
         """Makes the text, then `fit`."""
-        tokenizer = chat_tokenizer(load_model(self.tokenizer, dtype="bfloat16")).dated(date(2026, 1, 1))
+        tokenizer = chat_tokenizer(load_model(self.tokenizer, dtype="bfloat16")).dated(TODAY)
         model, token_map = load_draft(self.draft)
         model = replace(model, config=replace(model.config, name=self.draft))
         asked = [

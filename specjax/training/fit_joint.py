@@ -76,7 +76,7 @@ class FitJoint:
         # One process writes shards; a file of chats all read at once.
         made = read() if self.data.chats is not None else first_alone(read, output_dir / TEXT_MARK)
         text, held_out = made or read(make=False)
-        multihost_utils.sync_global_devices("read")
+        multihost_utils.sync_global_devices("read")  # they begin to train together
         heads = self._start(model, text)
         tree = tree_for(None if self.tree is None else Tree.parse(self.tree), self.num_heads)
         training = self.training

@@ -236,3 +236,17 @@ def test_round_times():
     assert RoundTimes.from_result({"rows": [row]})(1) == 3.0
     with pytest.raises(sj.DataError, match="specjax bench"):
         RoundTimes.from_result({"methods": []})
+
+
+def test_the_fastest_tree_has_the_most_tokens_per_time():
+    times = RoundTimes((1, 2, 4, 8), (10.0, 12.0, 20.0, 21.0))
+    trees = [sj.Tree.chain(1), sj.Tree.cartesian((3,)), sj.Tree.cartesian((2,))]
+    found = simulate(table_of(ranks=[(0, 0), (3, 3), (1, 0), (1, 1), (2, 2), (0, 0), (0, 0), (1, 0)]), trees)
+    speeds = [one.tokens_per_round / times(one.tree.size) for one in found]
+    assert times.fastest(found) is found[int(np.argmax(speeds))]
+    assert RoundTimes((1, 2, 4), (10.0, 90.0, 9.0)).fastest(found).tree.size == 4
+    assert RoundTimes((1, 2, 4), (10.0, 9.0, 90.0)).fastest(found).tree.size == 2
+    with pytest.raises(sj.TreeError, match="no trees"):
+        times.fastest([])
+    with pytest.raises(sj.DataError, match="times > 0"):
+        RoundTimes((1, 2), (10.0, float("nan")))

@@ -12,7 +12,7 @@ from rank_tables import table_of
 import specjax as sj
 from specjax.analysis import rank_plots
 from specjax.analysis.rank_pass import RankPass
-from specjax.analysis.round_time import RoundTimes, choose_tree, time_rounds
+from specjax.analysis.round_time import choose_tree, time_rounds
 from specjax.analysis.search import Limits
 from specjax.analysis.simulate import simulate
 from specjax.analysis.table import RankTable
@@ -178,20 +178,6 @@ def test_what_cannot_be_timed_is_refused(checkpoint, monkeypatch, trees, changes
     heads = sj.load_heads(checkpoint / "heads", model.config)
     with pytest.raises(error, match=message):
         choose_tree(model, heads, [(tree, 9.0) for tree in trees], [1], **changes)
-
-
-def test_the_fastest_tree_has_the_most_tokens_per_time():
-    times = RoundTimes((1, 2, 4, 8), (10.0, 12.0, 20.0, 21.0))
-    trees = [sj.Tree.chain(1), sj.Tree.cartesian((3,)), sj.Tree.cartesian((2,))]
-    found = simulate(table_of(ranks=[(0, 0), (3, 3), (1, 0), (1, 1), (2, 2), (0, 0), (0, 0), (1, 0)]), trees)
-    speeds = [one.tokens_per_round / times(one.tree.size) for one in found]
-    assert times.fastest(found) is found[int(np.argmax(speeds))]
-    assert RoundTimes((1, 2, 4), (10.0, 90.0, 9.0)).fastest(found).tree.size == 4
-    assert RoundTimes((1, 2, 4), (10.0, 9.0, 90.0)).fastest(found).tree.size == 2
-    with pytest.raises(sj.TreeError, match="no trees"):
-        times.fastest([])
-    with pytest.raises(sj.DataError, match="times > 0"):
-        RoundTimes((1, 2), (10.0, float("nan")))
 
 
 def test_shown_trees_say_where_they_come_from_and_how_often_edges_are_right(ranks, tmp_path, capsys):
