@@ -84,6 +84,7 @@ class Round:
 
 
 _STATIC = ("config", "acceptance")
+_NO_TOKEN = -1
 # The target reads a prompt in a program of its own: drafters share it, and the time that it takes to compile.
 read_prompt = jax.jit(read, static_argnames="config")
 _read_prompts = jax.jit(jax.vmap(read, in_axes=(None, None, 0, 0)), static_argnums=1)
@@ -373,7 +374,8 @@ def _check_eos(config: ModelConfig, asked: Sequence[int] | None) -> tuple[int, .
         raise PromptError(
             f"eos_token_ids {ids.tolist()} leave the vocabulary [0, {config.vocab_size}); is the tokenizer the model's?"
         )
-    return tuple(ids.tolist())
+    # As many as the checkpoint's, filled up with what is no token: one program decodes with and without them.
+    return (*ids.tolist(), *[_NO_TOKEN] * (len(config.eos_token_ids) - len(ids)))
 
 
 def _check_key(key: Any, acceptance: Acceptance | None, batch: int | None = None) -> jax.Array:

@@ -16,7 +16,7 @@ from conftest import HITS
 from rich.console import Console
 
 import specjax as sj
-from specjax import bench
+from specjax import bench, decode
 from specjax.analysis.round_time import choose_tree
 from specjax.analysis.search import expected_tokens, greedy_tree
 from specjax.cli import main
@@ -331,10 +331,11 @@ def test_sampling_is_compared_with_sampling(checkpoint, tmp_path):
 
 def test_choose_tree_takes_the_fastest_measured_size(checkpoint):
     model = sj.load_model(checkpoint)
+    model = dataclasses.replace(model, config=dataclasses.replace(model.config, eos_token_ids=(9,)))
     heads = sj.load_heads(checkpoint / "heads" / "heads.safetensors", model.config)
     trees = [greedy_tree(np.array(HITS), size) for size in (2, 3, 5)]
     candidates = [(tree, expected_tokens(tree, np.array(HITS))) for tree in trees]
-    choice = choose_tree(model, heads, candidates, [1, 2, 3], rounds=4)
+    choice = choose_tree(model, heads, candidates, [1, 2, 3], rounds=4, capacity=128)
     assert [row["nodes"] for row in choice.rows] == [2, 3, 5]
     fastest = max(choice.rows, key=lambda row: row["expected_tokens_per_second"])
     assert choice.tree.size == fastest["nodes"]
@@ -342,6 +343,9 @@ def test_choose_tree_takes_the_fastest_measured_size(checkpoint):
         assert row["expected_tokens_per_second"] == pytest.approx(
             1e3 * row["expected_tokens"] / row["milliseconds"]["median"]
         )
+    programs = decode._loop._cache_size()
+    sj.generate(model, [1, 2, 3], drafter=sj.MedusaDrafter(heads, choice.tree), max_new_tokens=30, capacity=128)
+    assert decode._loop._cache_size() == programs  # what was timed is what decodes
 
 
 def test_compare_refuses(checkpoint):
