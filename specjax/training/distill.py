@@ -167,6 +167,7 @@ def _grouped(lengths: list[int], batch_size: int | None, smallest: int) -> Itera
             width *= 3
         classes.setdefault(width, []).append(i)
     for width, members in sorted(classes.items()):
+        members.sort(key=lambda i: lengths[i])  # a batch is read up to its longest prompt
         for at in range(0, len(members), batch_size):
             chosen, size = members[at : at + batch_size], batch_size
             while size // 2 >= max(len(chosen), min(smallest, batch_size)):

@@ -32,6 +32,7 @@ class FitDraftHeads(HeadFit):
     evaluation_share: float = 0.05
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if min(self.prompts, self.batch_size, self.max_answer_tokens) < 1:
             raise ConfigError(f"{self}: expected prompts, batch_size and max_answer_tokens of at least 1.")
 

@@ -1,7 +1,7 @@
 """From a target and text of its own to heads on disk, with the record of how good they are."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ from rich.console import Console
 
 from specjax.analysis.ranks import Text, measure
 from specjax.bench import environment
+from specjax.errors import ConfigError
 from specjax.fingerprint import fingerprint
 from specjax.heads import Heads, MedusaConfig, init_heads
 from specjax.loading.heads import load_heads, save_heads
@@ -18,8 +19,9 @@ from specjax.loading.load import Model
 from specjax.training.curves import save_training_figures
 from specjax.training.distill import Answers
 from specjax.training.monitor import RunMonitor, evaluation_line, throughput
+from specjax.training.quality import record as evaluation_record
 from specjax.training.quality import selected, tree_for
-from specjax.training.trainer import TrainConfig, check_reduced, dataset, frequent_tokens, steps_of, train
+from specjax.training.trainer import TrainConfig, check_reduced, dataset, evaluate, frequent_tokens, steps_of, train
 from specjax.tree import Tree
 
 
@@ -31,7 +33,13 @@ class HeadFit:
       reduced_vocab_size: the most frequent tokens of the training text; None for the whole vocabulary.
       start_from: heads to go on from, as `load_heads` takes them: their shape and vocabulary hold then, not the fields
         above. None: from the LM head.
+      start_share: share of the starting weights in those that are exported, the trained ones having the rest. Heads
+        that go on from others on new text forget the old; their average mostly does better than either (Wortsman et al.
+        2022, for fine-tuned classifiers).
       tree: whose tokens_per_round is followed, as `Tree.parse` takes it; None: `default_tree`.
+
+    Raises:
+      ConfigError: a share outside [0, 1).
     """
 
     name: str
@@ -40,8 +48,13 @@ class HeadFit:
     projection: Literal["shared", "full"] = "shared"
     reduced_vocab_size: int | None = 8192
     start_from: str | None = None
+    start_share: float = 0.0
     tree: str | None = None
     training: TrainConfig = field(default_factory=lambda: TrainConfig(select="best"))
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start_share < 1:
+            raise ConfigError(f"start_share is {self.start_share}; expected at least 0, and less than 1.")
 
     def start(self, model: Model, text: Answers) -> Heads:
         """The float32 heads that training starts with.
@@ -70,13 +83,15 @@ class HeadFit:
     ) -> dict[str, Any]:
         """Trains on `text`, evaluates on `held_out`, and gives the content of result.json.
 
-        Writes heads.safetensors (bfloat16), heads.ranks.npz (measured on `texts`: the held-out conversations with their
-        prompts), log.jsonl, TensorBoard events, curves as PNG, and checkpoints into `output_dir`.
+        Writes heads.safetensors (bfloat16; `record` is of these), heads.ranks.npz (measured on `texts`: the held-out
+        conversations with their prompts), log.jsonl, TensorBoard events, curves as PNG, and checkpoints into
+        `output_dir`.
 
         Raises:
           As `train`.
         """
         heads = self.start(model, text)
+        begun = jax.device_get(heads.params)  # training takes the arrays over
         tree = tree_for(None if self.tree is None else Tree.parse(self.tree), heads.config.num_heads)
         data, judged = dataset(text, heads), dataset(held_out, heads)
         steps = steps_of(data, self.training)
@@ -93,7 +108,13 @@ class HeadFit:
                 report=lambda record: console.print(evaluation_line(record)),
             )
         chosen = selected(log, self.training.select)
-        record = {"trained_tokens": len(text.tokens), "held_out_tokens": len(held_out.tokens), **chosen["eval"]}
+        judgement = chosen["eval"]
+        if self.start_share:
+            share = self.start_share
+            average = jax.tree.map(lambda old, new: share * old + (1 - share) * new, begun, heads.params)
+            heads = replace(heads, params=average)
+            judgement = evaluation_record(evaluate(heads, model.params, judged), tree)
+        record = {"trained_tokens": len(text.tokens), "held_out_tokens": len(held_out.tokens), **judgement}
         half = Heads(jax.tree.map(lambda p: p.astype(jnp.bfloat16), heads.params), heads.token_map, heads.config)
         metadata = {
             "target": model.config.name,

@@ -34,6 +34,7 @@ class FitRandomQwen2(HeadFit):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if min(self.conversations, self.held_out, self.prompt_tokens, self.answer_tokens) < 1 or self.temperature < 0:
             raise ConfigError(
                 f"{self}: expected conversations, held_out, prompt_tokens and answer_tokens of at least 1, and a "

@@ -65,12 +65,14 @@ def test_company_does_not_change_what_is_sampled(stopping):
 
 
 def test_prompts_of_like_length_share_a_batch():
-    groups = list(distill._grouped([40] * 70 + [300] * 20 + [100] * 10, 64, 8))
+    lengths = [100] * 10 + [300] * 20 + [40] * 70
+    groups = list(distill._grouped(lengths, 64, 8))
     assert [(len(members), size, width) for members, size, width in groups] == [
         (64, 64, 128),
         (16, 16, 128),
         (20, 32, 384),
     ]
+    assert {lengths[i] for i in groups[0][0]} == {40}
     assert sorted(i for members, *_ in groups for i in members) == list(range(100))
 
 

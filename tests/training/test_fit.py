@@ -111,6 +111,17 @@ def test_going_on_from_heads_and_averaging(fitted, tmp_path):
     assert sj.load_heads(tmp_path / "heads.safetensors", config.target().config).config.reduced_vocab_size == 48
     assert further["tree"]["nodes"] == 4
     assert further["evaluations"][-1]["step"] % 2 == 0
+    # The same run goes on from its end, and averages its heads with those that it began with.
+    (tmp_path / "result.json").unlink()
+    ended, begun = (sj.load_heads(path, config.target().config).params for path in (tmp_path, directory))
+    averaged, _ = run(dataclasses.replace(changed, start_share=0.25), tmp_path)
+    assert averaged["evaluations"] == further["evaluations"]
+    assert averaged["record"]["losses"] != further["record"]["losses"]
+    exported = sj.load_heads(tmp_path, config.target().config).params
+    for name in exported:
+        np.testing.assert_allclose(exported[name], 0.25 * begun[name] + 0.75 * ended[name], rtol=0.02, atol=1e-4)
+    with pytest.raises(sj.ConfigError, match=r"start_share is 1.0"):
+        dataclasses.replace(config, start_share=1.0)
     with pytest.raises(sj.CheckpointError, match="there are no heads"):
         run(dataclasses.replace(changed, start_from=str(tmp_path / "none")), tmp_path / "absent")
     with pytest.raises(sj.TreeError, match="3 heads can fill a depth of 3"):
@@ -126,3 +137,19 @@ def test_qwen2_5_without_a_network(tmp_path, monkeypatch):
         sj.CheckpointError, match=r"Qwen2.5-0.5B-Instruct' .* cannot be downloaded .* check the name and"
     ):
         run(config, tmp_path / "out")
+
+
+def test_the_draft_models_own_heads(tmp_path):
+    """The experiment that made them, on less text: prompts in another model's tokens, and heads that load."""
+    config = load_config(EXPERIMENTS / "train_smollm2_draft_medusa.py")
+    training = dataclasses.replace(config.training, epochs=2, batch_size=64)
+    less = {"prompts": 48, "batch_size": 48, "max_answer_tokens": 24, "evaluation_share": 0.2, "training": training}
+    result, _ = run(dataclasses.replace(config, **less), tmp_path)
+    first, last = result["evaluations"][0]["eval"], result["evaluations"][-1]["eval"]
+    assert all(b < a for a, b in zip(first["losses"], last["losses"], strict=True))
+    held_out, trained = (result["data"][side]["conversations"] for side in ("held_out", "training"))
+    assert held_out > 0
+    assert 24 < held_out + trained <= 48
+    model = sj.load_draft("smollm2-draft")[0]
+    heads = sj.load_heads(tmp_path / "heads.safetensors", model.config)
+    assert 0 < len(RankTable.load(tmp_path / "heads.ranks.npz").check(model, heads).lengths) <= held_out
