@@ -5,9 +5,9 @@
 Four heads of one residual layer that share the LM head, restricted to the 8,192 most frequent tokens of the training
 text; Medusa-1 on greedy answers of the model itself, to user turns that it wrote and to seed prompts.
 
-Record (2 CPU cores, jax 0.10.2, bfloat16 target): 1,004,659 distinct training tokens, made at about 440 a second; three
-epochs of about 9 minutes beside other work. Held out: 19,966 tokens of conversations that are not in the training
-text, though half of them answer seed prompts of the same kind. Accuracy of heads 1 to 4:
+Record (2 CPU cores, jax 0.10.2, bfloat16 target): 1,004,659 distinct training tokens, made at about 440 a second;
+three epochs of about 9 minutes beside other work. Held out: 19,966 tokens of conversations that are not in the
+training text, though half of them answer seed prompts of the same kind. Accuracy of heads 1 to 4:
 
     epoch   top-1                     top-3                     top-5
     0   0.017 0.011 0.030 0.018   0.115 0.068 0.076 0.052   0.168 0.096 0.099 0.073
@@ -23,10 +23,10 @@ unlike the training text, and head 1's accuracy on the held-out text:
     435,700           5        0.408    1.53      1.62       1.74
     1,004,659         3        0.434    1.57      1.70       1.85
 
-The aim is .45 .28 .20 .15 for top-1: heads 1 and 2 are short of it, and on text of other prompts the same heads have
-.415 .253 .172 .131 (`continue_smollm2_medusa.py`, which goes on from them). The heads that ship come from this run.
-The seed prompts, the split (by hash of the prompt now), the losses and the choice of the checkpoint (the best one now,
-it was the last) have changed since: it cannot be repeated to the bit.
+The aim is .45 .28 .20 .15 for top-1: heads 1 and 2 are short of it, and on newer text, in which a sixth of the prompts
+recur, the same heads have .415 .253 .172 .131 (`continue_smollm2_medusa.py`, which goes on from them). The heads that
+ship come from this run. The seed prompts, the split (by hash of the prompt now), the losses and the choice of the
+checkpoint (the best one now, it was the last) have changed since: it cannot be repeated to the bit.
 
 More text is what helps. A larger draft vocabulary does not (12,288 to 49,152, with 435,700 tokens: 1.52 to 1.49 at 8
 nodes), and neither does distilling the target's distribution in place of its tokens (1.466 against 1.464 at 8 nodes).

@@ -84,7 +84,7 @@ class Round:
 
 
 _STATIC = ("config", "acceptance")
-_NO_TOKEN = -1
+_NO_TOKEN = -1  # a stop token that never comes
 # The target reads a prompt in a program of its own: drafters share it, and the time that it takes to compile.
 read_prompt = jax.jit(read, static_argnames="config")
 _read_prompts = jax.jit(jax.vmap(read, in_axes=(None, None, 0, 0)), static_argnums=1)

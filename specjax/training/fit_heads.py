@@ -33,9 +33,8 @@ class HeadFit:
       reduced_vocab_size: the most frequent tokens of the training text; None for the whole vocabulary.
       start_from: heads to go on from, as `load_heads` takes them: their shape and vocabulary hold then, not the fields
         above. None: from the LM head.
-      start_share: share of the starting weights in those that are exported, the trained ones having the rest. Heads
-        that go on from others on new text forget the old; their average mostly does better than either (Wortsman et al.
-        2022, for fine-tuned classifiers).
+      start_share: share of the starting weights in those that are exported, the trained ones having the rest: what
+        goes on from other heads on new text forgets some of the old (weight averaging, Wortsman et al. 2022).
       tree: whose tokens_per_round is followed, as `Tree.parse` takes it; None: `default_tree`.
 
     Raises:
@@ -83,15 +82,14 @@ class HeadFit:
     ) -> dict[str, Any]:
         """Trains on `text`, evaluates on `held_out`, and gives the content of result.json.
 
-        Writes heads.safetensors (bfloat16; `record` is of these), heads.ranks.npz (measured on `texts`: the held-out
-        conversations with their prompts), log.jsonl, TensorBoard events, curves as PNG, and checkpoints into
-        `output_dir`.
+        Writes heads.safetensors (bfloat16; `record` is of them before they are rounded), heads.ranks.npz (measured on
+        `texts`: the held-out conversations with their prompts), log.jsonl, TensorBoard events, curves as PNG, and
+        checkpoints into `output_dir`.
 
         Raises:
           As `train`.
         """
         heads = self.start(model, text)
-        begun = jax.device_get(heads.params)  # training takes the arrays over
         tree = tree_for(None if self.tree is None else Tree.parse(self.tree), heads.config.num_heads)
         data, judged = dataset(text, heads), dataset(held_out, heads)
         steps = steps_of(data, self.training)
@@ -110,7 +108,7 @@ class HeadFit:
         chosen = selected(log, self.training.select)
         judgement = chosen["eval"]
         if self.start_share:
-            share = self.start_share
+            share, begun = self.start_share, self.start(model, text).params  # anew: training has taken the arrays over
             average = jax.tree.map(lambda old, new: share * old + (1 - share) * new, begun, heads.params)
             heads = replace(heads, params=average)
             judgement = evaluation_record(evaluate(heads, model.params, judged), tree)
