@@ -18,7 +18,7 @@ of heads 1 to 4, loss of head 1, tokens per round of the default tree (22 nodes)
     the average       0.420 0.249 0.173 0.128   2.820   1.793
 
 Head 1's loss on the training text falls from 2.84 to 2.18 (means of the first and the last 250 steps), by a step at
-each epoch: the heads learn the 4,261 conversations by heart. 15 of the 95 prompts stand among the seed prompts
+each epoch: the heads overfit the 4,261 conversations. 15 of the 95 prompts stand among the seed prompts
 from which the first text came. There the first heads are right in 0.458, the trained ones in 0.407 and their average
 in 0.442; at other seed prompts in 0.396, 0.410 and 0.414, at the model's own turns in 0.412, 0.404 and 0.417. On
 answers to the 50 shipped prompts, which are unlike either text (128 greedy tokens; walk searches' trees on the

@@ -23,8 +23,10 @@ decoding in the same dtype (44.5 tokens a second in float32, 44.7 in bfloat16):
     medusa_bf16        bfloat16   6      1.43          0.43            1.13 (0.85-1.37)  7 of 10
     ngram+medusa_bf16  bfloat16   9      1.71          0.71            1.31 (0.84-1.97)  7 of 10
 
-Other runs on such machines, in the table's order: 1.01, 1.13, 1.13, 1.28 (that day, files read beside it), 0.99, 1.12,
-1.13, 1.29 and 1.06, 1.12, 1.16, 1.33 (another day; the bfloat16 Medusa tree was set to 6 nodes there).
+Over bfloat16's baseline the first two are at 0.99 (0.79-1.23) and 1.15 (0.77-1.89): medians of ratios, prompt by
+prompt, to baselines 0.4% apart. Other runs on such machines, in the table's order: 1.01, 1.13, 1.13, 1.28 (that day,
+files read beside it), 0.99, 1.12, 1.13, 1.29 and 1.06, 1.12, 1.16, 1.33 (another day; the bfloat16 Medusa tree was set
+to 6 nodes there).
 
 On an Intel Xeon with AMX (`result_amx.json`; nothing else running; 5:03 without installation), against the same dtype's
 baseline (32.5 tokens a second in either):

@@ -208,11 +208,13 @@ class DecodeExperiment:
             longest = max(len(request.ids) for request in requests)
             capacity = capacity_for(longest, self.decoding.max_new_tokens, heads.config.num_heads)
             candidates = self._candidates(method, model, heads)
+            begin = time.perf_counter()
             choice = choose_tree(model, heads, candidates, requests[0].ids, capacity=capacity)
         chosen[method.name, method.dtype] = {
             "method": method.name,
             "nodes": choice.tree.size,
             "candidates": choice.rows,
+            "seconds": time.perf_counter() - begin,  # compiles what decoding then uses
         }
         console.print(
             f"{method.name}: a tree of {choice.tree.size} nodes is the fastest of {list(self.tree_sizes)} here"

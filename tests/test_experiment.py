@@ -61,6 +61,7 @@ def test_run_writes_the_result_and_the_figures(experiment, tmp_path, capsys):
             a >= b for a, b in zip(method["acceptance_by_depth"], method["acceptance_by_depth"][1:], strict=False)
         )
     assert auto["tree_nodes"] in (2, 4)
+    assert result["tree_choice"][0]["seconds"] > 0
     assert sj.Tree.load(out / "tree_medusa_auto.json").size == auto["tree_nodes"]
     for figure in ("tokens_per_round", "acceptance_by_depth", "speed"):
         assert (out / f"{figure}.png").read_bytes().startswith(b"\x89PNG")

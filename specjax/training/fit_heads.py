@@ -33,12 +33,13 @@ class HeadFit:
       reduced_vocab_size: the most frequent tokens of the training text; None for the whole vocabulary.
       start_from: heads to go on from, as `load_heads` takes them: their shape and vocabulary hold then, not the fields
         above. None: from the LM head.
-      start_share: share of the starting weights in those that are exported, the trained ones having the rest: what
-        goes on from other heads on new text forgets some of the old (weight averaging, Wortsman et al. 2022).
+      start_share: share of `start_from`'s weights in those that are exported, the trained ones having the rest: what
+        goes on from other heads on new text forgets some of the old (weight averaging, Wortsman et al. 2022). The
+        checkpoint is selected before they are averaged.
       tree: whose tokens_per_round is followed, as `Tree.parse` takes it; None: `default_tree`.
 
     Raises:
-      ConfigError: a share outside [0, 1).
+      ConfigError: a share outside [0, 1), or without `start_from`.
     """
 
     name: str
@@ -54,6 +55,11 @@ class HeadFit:
     def __post_init__(self) -> None:
         if not 0 <= self.start_share < 1:
             raise ConfigError(f"start_share is {self.start_share}; expected at least 0, and less than 1.")
+        if self.start_share and self.start_from is None:
+            raise ConfigError(
+                f"start_share is {self.start_share}, but there are no heads to average with: set start_from to some, "
+                "or leave it out."
+            )
 
     def start(self, model: Model, text: Answers) -> Heads:
         """The float32 heads that training starts with.
@@ -84,12 +90,13 @@ class HeadFit:
 
         Writes heads.safetensors (bfloat16; `record` is of them before they are rounded), heads.ranks.npz (measured on
         `texts`: the held-out conversations with their prompts), log.jsonl, TensorBoard events, curves as PNG, and
-        checkpoints into `output_dir`.
+        checkpoints into `output_dir`. Log, curves, `evaluations` and `step` are of checkpoints as they were trained;
+        with a `start_share`, `record` is of the average.
 
         Raises:
           As `train`.
         """
-        heads = self.start(model, text)
+        begun = heads = self.start(model, text)
         tree = tree_for(None if self.tree is None else Tree.parse(self.tree), heads.config.num_heads)
         data, judged = dataset(text, heads), dataset(held_out, heads)
         steps = steps_of(data, self.training)
@@ -108,10 +115,17 @@ class HeadFit:
         chosen = selected(log, self.training.select)
         judgement = chosen["eval"]
         if self.start_share:
-            share, begun = self.start_share, self.start(model, text).params  # anew: training has taken the arrays over
-            average = jax.tree.map(lambda old, new: share * old + (1 - share) * new, begun, heads.params)
+            share = self.start_share
+            average = jax.tree.map(lambda old, new: share * old + (1 - share) * new, begun.params, heads.params)
             heads = replace(heads, params=average)
             judgement = evaluation_record(evaluate(heads, model.params, judged), tree)
+            console.print(f"averaged with {self.start_from}, whose share is {share:g}")
+        before = next(entry for entry in log if "eval" in entry)["eval"]["tokens_per_round"]
+        if self.start_from is not None and judgement["tokens_per_round"] < before:
+            console.print(
+                f"[yellow]On the held-out text these heads commit {judgement['tokens_per_round']:.3f} tokens a round, "
+                f"those of {self.start_from} {before:.3f}: try a start_share, a lower learning rate, or more text.[/]"
+            )
         record = {"trained_tokens": len(text.tokens), "held_out_tokens": len(held_out.tokens), **judgement}
         half = Heads(jax.tree.map(lambda p: p.astype(jnp.bfloat16), heads.params), heads.token_map, heads.config)
         metadata = {

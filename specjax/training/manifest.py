@@ -16,7 +16,7 @@ _FORMAT, _VERSION = "specjax.conversations", 1
 
 @dataclass(frozen=True)
 class Manifest:
-    """What every shard of a directory depends on, besides its number.
+    """What every shard of a directory depends on, besides its number; in bfloat16 the batch moves near-ties too.
 
     Attributes:
       model: fingerprint of the parameters, whatever their dtype.

@@ -1,7 +1,7 @@
 """Shards: the conversations that a model makes, on disk, each file whole or not there at all.
 
-A shard depends on its number and on what the manifest says alone, so that a killed run goes on where it stopped without
-losing a conversation or making one twice.
+A shard depends on its number and on what the manifest says alone (but for bfloat16's roundings, which depend on the
+batch too), so that a killed run goes on where it stopped without losing a conversation or making one twice.
 """
 
 import io

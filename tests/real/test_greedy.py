@@ -1,23 +1,26 @@
 """Greedy output of every drafter on SmolLM2 is the autoregressive one, token for token in float32."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import specjax as sj
+from specjax import decode
 from specjax.analysis.ranks import Text, measure
 from specjax.drafters.build import build_drafter
 from specjax.heads import init_heads
 from specjax.prompts import load_prompts
 
-# drafter, tree
+# drafter, tree: what a test costs is the products of the nodes
 GREEDY = [
     ("medusa", "paths:0,1,2,0.0,0.1,1.0,0.0.0"),
     ("draft", "chain:2"),
-    ("draft", "cartesian:2,1"),
+    ("draft", "paths:0,1,0.0"),
     ("ngram", "chain:4"),
-    ("ngram+medusa", "chain:3+paths:0,1,2,0.0"),
-    ("medusa+draft", "cartesian:2,1+chain:2"),
-    ("ngram+draft", "chain:4+chain:1"),  # the draft model reads more than it drafts
+    ("ngram+medusa", "chain:3+paths:0,1"),
+    ("medusa+draft", "paths:0,1+chain:1"),
+    ("ngram+draft", "chain:3+chain:1"),  # the draft model reads more than it drafts
 ]
 # A guard against worse drafting. The aim for Medusa is 1.7 tokens per round.
 LEAST = {"medusa": 1.4, "draft": 1.3}
@@ -35,9 +38,25 @@ def prompts(smollm2):
     return sorted(ids, key=len)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def read_once():
+    """Every drafter begins with the same program on the same prompts (`decode._read_prompts`): its result is kept."""
+    read, kept = decode._read_prompts, {}
+
+    def reading(params, config, tokens, lengths):
+        key = tokens.shape, np.asarray(tokens).tobytes()
+        if key not in kept:
+            kept[key] = read(params, config, tokens, lengths)
+        return jax.tree.map(jnp.copy, kept[key])  # decoding takes its argument over
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decode, "_read_prompts", reading)
+        yield
+
+
 def answers(smollm2, prompts, drafter):
     """128 tokens for each prompt, in batches."""
-    request = {"drafter": drafter, "max_new_tokens": 128, "capacity": 512}
+    request = {"drafter": drafter, "max_new_tokens": 128, "capacity": 448}
     return [out for at in (0, 20) for out in sj.generate_batch(smollm2, prompts[at : at + 20], **request)]
 
 
@@ -72,7 +91,7 @@ def test_the_shipped_heads_know_more_than_the_lm_head_that_they_began_as(smollm2
 def test_alone_as_in_the_batch(smollm2, prompts, autoregressive, number):
     """The loop that `generate` compiles, on a short, a middling and a long prompt."""
     drafter = build_drafter("medusa", smollm2, tree="cartesian:3,1", heads="smollm2-135m-instruct")
-    request = {"max_new_tokens": 128, "capacity": 512}
+    request = {"max_new_tokens": 128, "capacity": 448}
     for one in (None, drafter):
         out = sj.generate(smollm2, prompts[number], drafter=one, **request)
         np.testing.assert_array_equal(out.tokens, autoregressive[number].tokens)

@@ -99,27 +99,36 @@ def test_the_record_is_complete(fitted):
 def test_going_on_from_heads_and_averaging(fitted, tmp_path):
     directory, config, result, _ = fitted
     training = TrainConfig(
-        epochs=1, batch_size=256, learning_rate=1e-4, distillation=0.5, accumulate=2, ema=0.9, weighting="decay"
+        epochs=1, batch_size=256, learning_rate=1e-2, distillation=0.5, accumulate=2, ema=0.9, weighting="decay"
     )
     changed = dataclasses.replace(
         config, start_from=str(directory / "heads.safetensors"), num_heads=1, reduced_vocab_size=None,
         training=training, tree="chain:3",
     )  # fmt: skip
-    further, _ = run(changed, tmp_path)
+    further, printed = run(changed, tmp_path)
     begun = further["evaluations"][0]["eval"]
     np.testing.assert_allclose(begun["accuracy"]["top1"], result["record"]["accuracy"]["top1"], atol=0.02)
     assert sj.load_heads(tmp_path / "heads.safetensors", config.target().config).config.reduced_vocab_size == 48
+    assert ("try a start_share" in printed) == (further["record"]["tokens_per_round"] < begun["tokens_per_round"])
     assert further["tree"]["nodes"] == 4
     assert further["evaluations"][-1]["step"] % 2 == 0
     # The same run goes on from its end, and averages its heads with those that it began with.
     (tmp_path / "result.json").unlink()
     ended, begun = (sj.load_heads(path, config.target().config).params for path in (tmp_path, directory))
-    averaged, _ = run(dataclasses.replace(changed, start_share=0.25), tmp_path)
+    averaged, printed = run(dataclasses.replace(changed, start_share=0.25), tmp_path)
+    assert "whose share is 0.25" in printed
     assert averaged["evaluations"] == further["evaluations"]
     assert averaged["record"]["losses"] != further["record"]["losses"]
+    table = RankTable.load(tmp_path / "heads.ranks.npz")
+    np.testing.assert_allclose(table.accuracy(1), averaged["record"]["accuracy"]["top1"], atol=0.02)
     exported = sj.load_heads(tmp_path, config.target().config).params
     for name in exported:
-        np.testing.assert_allclose(exported[name], 0.25 * begun[name] + 0.75 * ended[name], rtol=0.02, atol=1e-4)
+        near = {"rtol": 0.02, "atol": 1e-4}
+        np.testing.assert_allclose(exported[name], 0.25 * begun[name] + 0.75 * ended[name], **near)
+        for share in (0.0, 0.5, 0.75, 1.0):  # others would be seen
+            assert not np.allclose(exported[name], share * begun[name] + (1 - share) * ended[name], **near)
+    with pytest.raises(sj.ConfigError, match=r"start_share is 0.5, but there are no heads to average with"):
+        dataclasses.replace(config, start_share=0.5)
     with pytest.raises(sj.ConfigError, match=r"start_share is 1.0"):
         dataclasses.replace(config, start_share=1.0)
     with pytest.raises(sj.CheckpointError, match="there are no heads"):
