@@ -14,7 +14,7 @@ Medusa part (root included) and the drafts copied at most (in brackets those aft
 
 The candidates are those that looked best when accepted drafts were counted on these prompts and on the demo's, by a
 script that was not kept. Their speed-ups differ by less than they vary between prompts. The demo takes 4 (1) beside 5
-nodes: the fastest of those that commit more than 1.7 tokens a round.
+nodes, whose median speed-up is the highest of the three that commit more than 1.7 tokens a round.
 """
 
 from specjax.experiment import DecodeExperiment, Decoding, Method, Prompts

@@ -8,10 +8,10 @@
 In float32 the output is the same, token for token. The Medusa trees are the walk search's on the table beside the
 heads, of the size that this machine decodes fastest: rounds of 4, 6 and 8 nodes are timed in each dtype. The hybrids
 put drafts copied from the text beside Medusa's: in bfloat16 one after a match of one token and four after a longer one
-beside four, of twelve the fastest that commits more than 1.7 tokens a round on other prompts
-(`hybrid_trees_smollm2.py`); in float32, whose rounds cost as much with 5 rows as with 8, four after a match of at least
-two beside three, chosen by counting accepted drafts on those prompts (the demo's own counts lay beside them; the script
-was not kept).
+beside four, which has the highest median speed-up, on other prompts, of the three of twelve that commit more than 1.7
+tokens a round (`hybrid_trees_smollm2.py`); in float32, whose rounds cost as much with 5 rows as with 8, four after a
+match of at least two beside three, chosen by counting accepted drafts on those prompts (the demo's own counts lay
+beside them; the script was not kept).
 
 Record of `make demo` (2 CPU cores, AMD EPYC Zen 4 with AVX-512 bf16, jax 0.10.2, nothing else running; the result is in
 `records`): 10 prompts of 64 tokens, 2:57 without installation; median (min-max over prompts), against autoregressive

@@ -124,7 +124,8 @@ class HeadFit:
         if self.start_from is not None and judgement["tokens_per_round"] < before:
             console.print(
                 f"[yellow]On the held-out text these heads commit {judgement['tokens_per_round']:.3f} tokens a round, "
-                f"those of {self.start_from} {before:.3f}: try a start_share, a lower learning rate, or more text.[/]"
+                f"those of {self.start_from} {before:.3f}: try a larger start_share, a lower learning rate, or more "
+                "text.[/]"
             )
         record = {"trained_tokens": len(text.tokens), "held_out_tokens": len(held_out.tokens), **judgement}
         half = Heads(jax.tree.map(lambda p: p.astype(jnp.bfloat16), heads.params), heads.token_map, heads.config)

@@ -38,7 +38,7 @@ def short_chunks(monkeypatch):
 @functools.cache
 def mock(vocab, seed=2):
     """A target, or with another seed a draft model, over a tiny vocabulary."""
-    shape = {"hidden_size": 8, "intermediate_size": 8, "num_heads": 1, "num_kv_heads": 1, "head_dim": 8}
+    shape = {"hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "num_kv_heads": 1, "head_dim": 4}
     return tiny_model(seed, 0.25, vocab=vocab, num_layers=1, **shape)
 
 

@@ -18,8 +18,8 @@ GREEDY = [
     ("draft", "chain:2"),
     ("draft", "paths:0,1,0.0"),
     ("ngram", "chain:4"),
-    ("ngram+medusa", "chain:3+paths:0,1"),
-    ("medusa+draft", "paths:0,1+chain:1"),
+    ("ngram+medusa", "chain:3+paths:0,1,0.0"),
+    ("medusa+draft", "paths:0,1,0.0+chain:1"),
     ("ngram+draft", "chain:3+chain:1"),  # the draft model reads more than it drafts
 ]
 # A guard against worse drafting. The aim for Medusa is 1.7 tokens per round.
@@ -44,7 +44,7 @@ def read_once():
     read, kept = decode._read_prompts, {}
 
     def reading(params, config, tokens, lengths):
-        key = tokens.shape, np.asarray(tokens).tobytes()
+        key = id(params), config, tokens.shape, np.asarray(tokens).tobytes(), np.asarray(lengths).tobytes()
         if key not in kept:
             kept[key] = read(params, config, tokens, lengths)
         return jax.tree.map(jnp.copy, kept[key])  # decoding takes its argument over

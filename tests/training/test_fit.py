@@ -109,7 +109,7 @@ def test_going_on_from_heads_and_averaging(fitted, tmp_path):
     begun = further["evaluations"][0]["eval"]
     np.testing.assert_allclose(begun["accuracy"]["top1"], result["record"]["accuracy"]["top1"], atol=0.02)
     assert sj.load_heads(tmp_path / "heads.safetensors", config.target().config).config.reduced_vocab_size == 48
-    assert ("try a start_share" in printed) == (further["record"]["tokens_per_round"] < begun["tokens_per_round"])
+    assert ("larger start_share" in printed) == (further["record"]["tokens_per_round"] < begun["tokens_per_round"])
     assert further["tree"]["nodes"] == 4
     assert further["evaluations"][-1]["step"] % 2 == 0
     # The same run goes on from its end, and averages its heads with those that it began with.
@@ -127,6 +127,8 @@ def test_going_on_from_heads_and_averaging(fitted, tmp_path):
         np.testing.assert_allclose(exported[name], 0.25 * begun[name] + 0.75 * ended[name], **near)
         for share in (0.0, 0.5, 0.75, 1.0):  # others would be seen
             assert not np.allclose(exported[name], share * begun[name] + (1 - share) * ended[name], **near)
+    wild = dataclasses.replace(training, learning_rate=1.0)
+    assert "try a larger start_share" in run(dataclasses.replace(changed, training=wild), tmp_path / "worse")[1]
     with pytest.raises(sj.ConfigError, match=r"start_share is 0.5, but there are no heads to average with"):
         dataclasses.replace(config, start_share=0.5)
     with pytest.raises(sj.ConfigError, match=r"start_share is 1.0"):
