@@ -127,7 +127,7 @@ def test_going_on_from_heads_and_averaging(fitted, tmp_path):
         np.testing.assert_allclose(exported[name], 0.25 * begun[name] + 0.75 * ended[name], **near)
         for share in (0.0, 0.5, 0.75, 1.0):  # others would be seen
             assert not np.allclose(exported[name], share * begun[name] + (1 - share) * ended[name], **near)
-    wild = dataclasses.replace(training, learning_rate=1.0)
+    wild = dataclasses.replace(training, learning_rate=1e3)
     assert "try a larger start_share" in run(dataclasses.replace(changed, training=wild), tmp_path / "worse")[1]
     with pytest.raises(sj.ConfigError, match=r"start_share is 0.5, but there are no heads to average with"):
         dataclasses.replace(config, start_share=0.5)
