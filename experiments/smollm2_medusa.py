@@ -39,10 +39,11 @@ baseline (32.5 tokens a second in either):
 Over float32's baseline the last two are at 1.27 (0.85-1.64) and 1.54. An earlier run that day: 0.87, 1.06, 1.27 and
 1.38 (0.83-2.50).
 
-Without AVX-512 (Zen 3; `result_zen3.json`; 6:52 with installation): medusa in float32 with 4 nodes 1.36 tokens per
-round, 0.94 (0.75-1.23); ngram+medusa 1.63, 1.09 (0.74-1.73); medusa_bf16 1.43, 1.02 (0.84-1.42), ngram+medusa_bf16
-1.70, 1.17 (0.64-1.94), against float32's baseline 0.91 (0.81-1.17) and 1.05 (0.68-1.60). 10 of 10 the same in
-float32, 8 of 10 in bfloat16. On a Zen 5, with heads trained on 436,000 tokens, 50 prompts of 128 tokens: medusa in
+Without AVX-512 (Zen 3; `result_zen3.json`; nothing else running; 6:23 without installation): medusa in float32 with 4
+nodes 1.36 tokens per round, 0.88 (0.73-1.27); ngram+medusa 1.63, 1.07 (0.63-2.22); medusa_bf16 with 6 nodes 1.43, 1.04
+(0.66-1.25), ngram+medusa_bf16 1.70, 1.20 (0.66-1.71), against float32's baseline 0.91 (0.48-1.11) and 1.03 (0.50-1.60).
+10 of 10 the same in float32, 8 of 10 in bfloat16. An earlier run (trees of 4 or 8 nodes, in bfloat16 set to 6): 0.94,
+1.09, 1.02, 1.17, and 0.91, 1.05. On a Zen 5, with heads trained on 436,000 tokens, 50 prompts of 128 tokens: medusa in
 bfloat16 with 6 nodes 1.46, 1.22 (0.83-1.57).
 """
 
