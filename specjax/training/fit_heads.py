@@ -120,13 +120,13 @@ class HeadFit:
             heads = replace(heads, params=average)
             judgement = evaluation_record(evaluate(heads, model.params, judged), tree)
             console.print(f"averaged with {self.start_from}, whose share is {share:g}")
-        before = next(entry for entry in log if "eval" in entry)["eval"]["tokens_per_round"]
-        if self.start_from is not None and judgement["tokens_per_round"] < before:
-            console.print(
-                f"[yellow]On the held-out text these heads commit {judgement['tokens_per_round']:.3f} tokens a round, "
-                f"those of {self.start_from} {before:.3f}: try a larger start_share, a lower learning rate, or more "
-                "text.[/]"
-            )
+        if self.start_from is not None:
+            began = next(entry for entry in log if "eval" in entry)["eval"]["tokens_per_round"]
+            if (ended := judgement["tokens_per_round"]) < began:
+                console.print(
+                    f"[yellow]On the held-out text these heads commit {ended:.3f} tokens a round, {self.start_from} "
+                    f"{began:.3f}: try a larger start_share, a lower learning rate, or more text.[/]"
+                )
         record = {"trained_tokens": len(text.tokens), "held_out_tokens": len(held_out.tokens), **judgement}
         half = Heads(jax.tree.map(lambda p: p.astype(jnp.bfloat16), heads.params), heads.token_map, heads.config)
         metadata = {

@@ -23,16 +23,7 @@ PROMPTS = (
 )
 
 
-@pytest.fixture
-def one_thread():
-    """Another test runs meanwhile: two threads would wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def test_smollm2_greedy_text(smollm2, one_thread):
+def test_smollm2_greedy_text(smollm2):
     path = _packaged("smollm2-135m-instruct")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     for prompt in PROMPTS:

@@ -92,8 +92,8 @@ def test_sampling_is_the_targets_on_real_weights(small, draw, name):
     chain = sj.DraftModelDrafter(wrong, sj.Tree.chain(2), temperature=1.0)
     drafter = {
         "draft chain": chain,
-        "draft tree": dataclasses.replace(chain, tree=sj.Tree.from_paths([(0,), (1,), (0, 0)])),
-        "ngram": sj.NgramDrafter(sj.Tree.from_paths([(0,), (1,), (0, 0)])),
+        "draft tree": dataclasses.replace(chain, tree=sj.Tree.cartesian((2, 1))),
+        "ngram": sj.NgramDrafter(sj.Tree.cartesian((2, 1))),
     }[name]
     ours, accepted = sampled(drafter, len(name))
     assert accepted > 0.1
