@@ -124,8 +124,8 @@ class HeadFit:
             began = next(entry for entry in log if "eval" in entry)["eval"]["tokens_per_round"]
             if (ended := judgement["tokens_per_round"]) < began:
                 console.print(
-                    f"[yellow]On the held-out text these heads commit {ended:.3f} tokens a round, {self.start_from} "
-                    f"{began:.3f}: try a larger start_share, a lower learning rate, or more text.[/]"
+                    f"[yellow]On the held-out text these heads commit {ended:.4f} tokens a round, those of "
+                    f"{self.start_from} {began:.4f}: try a larger start_share, a lower learning rate, or more text.[/]"
                 )
         record = {"trained_tokens": len(text.tokens), "held_out_tokens": len(held_out.tokens), **judgement}
         half = Heads(jax.tree.map(lambda p: p.astype(jnp.bfloat16), heads.params), heads.token_map, heads.config)

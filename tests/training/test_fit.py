@@ -26,7 +26,7 @@ EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
 def run(config, directory):
     """The result of an experiment, and what it printed."""
-    console = Console(file=io.StringIO(), width=200)
+    console = Console(file=io.StringIO(), width=1000)
     assert run_config(config, directory, console) == 0
     return json.loads((directory / "result.json").read_text()), console.file.getvalue()
 
@@ -61,6 +61,7 @@ def test_trained_heads_beat_the_lm_head_by_the_stated_margin(fitted):
     assert all(b < a for a, b in zip(first["losses"], last["losses"], strict=True))
     assert f"step 0: top-1 {first['accuracy']['top1']}" in printed.replace("\n", " ")
     assert "tokens/s" in printed
+    assert "larger start_share" not in printed
     # What is on disk is what was judged: the same accuracies once more, from the exported heads and from decoding.
     model = config.target()
     heads = sj.load_heads(directory / "heads.safetensors", model.config)
@@ -106,10 +107,10 @@ def test_going_on_from_heads_and_averaging(fitted, tmp_path):
         training=training, tree="chain:3",
     )  # fmt: skip
     further, printed = run(changed, tmp_path)
-    begun = further["evaluations"][0]["eval"]
-    np.testing.assert_allclose(begun["accuracy"]["top1"], result["record"]["accuracy"]["top1"], atol=0.02)
+    start = further["evaluations"][0]["eval"]
+    np.testing.assert_allclose(start["accuracy"]["top1"], result["record"]["accuracy"]["top1"], atol=0.02)
     assert sj.load_heads(tmp_path / "heads.safetensors", config.target().config).config.reduced_vocab_size == 48
-    assert ("larger start_share" in printed) == (further["record"]["tokens_per_round"] < begun["tokens_per_round"])
+    assert ("larger start_share" in printed) == (further["record"]["tokens_per_round"] < start["tokens_per_round"])
     assert further["tree"]["nodes"] == 4
     assert further["evaluations"][-1]["step"] % 2 == 0
     # The same run goes on from its end, and averages its heads with those that it began with.
@@ -117,6 +118,7 @@ def test_going_on_from_heads_and_averaging(fitted, tmp_path):
     ended, begun = (sj.load_heads(path, config.target().config).params for path in (tmp_path, directory))
     averaged, printed = run(dataclasses.replace(changed, start_share=0.25), tmp_path)
     assert "whose share is 0.25" in printed
+    assert ("larger start_share" in printed) == (averaged["record"]["tokens_per_round"] < start["tokens_per_round"])
     assert averaged["evaluations"] == further["evaluations"]
     assert averaged["record"]["losses"] != further["record"]["losses"]
     table = RankTable.load(tmp_path / "heads.ranks.npz")
