@@ -56,7 +56,7 @@ def get_config() -> FitHeads:
             turn_seed=107,
             prompt_seed=50_000,
         ),
-        start_from="smollm2-135m-instruct",
+        start_from="experiments/records/train_smollm2_medusa/heads.safetensors",
         start_share=0.4,
         training=TrainConfig(epochs=4, batch_size=1024, learning_rate=1e-3, select="best"),
     )

@@ -19,7 +19,7 @@ from specjax.tree import Tree
 
 _FOLDS = 5
 _SHRINKAGES = (16.0, 64.0, 256.0)
-_MARGIN = 3.0  # standard errors that a saving must exceed: many candidates are tried, at many sizes
+_MARGIN = 4.0  # standard errors that a saving must exceed: many candidates are tried, at many sizes
 _REPEATS = 3  # of the search at the roots that the tree before visits
 
 Search = Callable[[RankTable, int, Limits], Tree]
@@ -29,7 +29,7 @@ def validated(table: RankTable, size: int, limits: Limits, *, walk: bool) -> Tre
     """The joint search with the shrinkage that cross-validation prefers, or the independent tree.
 
     The sequences are dealt into folds. Every candidate is searched on the other folds and decodes each; the one that
-    saves the most rounds over the independent tree, three standard errors over sequences deducted, is searched again on
+    saves the most rounds over the independent tree, four standard errors over sequences deducted, is searched again on
     the whole table. If nothing is left after the deduction, the independent tree stays.
 
     Args:

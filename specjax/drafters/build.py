@@ -20,7 +20,7 @@ from specjax.loading.load import Model, load_draft
 from specjax.tree import Tree
 
 # Small ones: on a CPU a wide round costs more than it accepts. The medusa tree is cut to the number of heads.
-DEFAULT_TREES = {"medusa": "paths:0,1,2,0.0,0.1", "ngram": "chain:4", "draft": "chain:4"}
+DEFAULT_TREES = {"medusa": "paths:0,1,2,3,0.0", "ngram": "chain:4", "draft": "chain:4"}
 
 
 def build_drafter(

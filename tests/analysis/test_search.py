@@ -132,11 +132,15 @@ def test_the_joint_search_sees_what_marginals_hide():
 @pytest.mark.parametrize("size", [4, 8, 16, 32])
 def test_joint_is_not_worse_than_independent_on_held_out_text(size):
     # The same law of dependent ranks, twice.
-    train, held_out = (table_of(seed, heads=3, cap=8, sequences=60, length=120, dependent=True) for seed in (0, 1))
+    train, held_out = (table_of(seed, heads=3, cap=8, sequences=240, length=120, dependent=True) for seed in (0, 1))
     names = ("walk", "joint", "independent")
     walk, joint, independent = simulate(held_out, [SEARCHES[name](train, size, Limits()) for name in names])
     assert joint.tokens_per_round >= independent.tokens_per_round
     assert walk.tokens_per_round >= independent.tokens_per_round
+    if size == 4:
+        assert joint.tokens_per_round > independent.tokens_per_round + 0.05
+    if size == 32:
+        assert walk.tokens_per_round > joint.tokens_per_round + 0.01
 
 
 @pytest.fixture(scope="module")
@@ -147,21 +151,18 @@ def shipped():
 
 @pytest.mark.parametrize("direction", [0, 1])
 def test_joint_is_not_worse_than_independent_on_the_other_half_of_the_shipped_table(shipped, direction):
-    # The margin of `validated` was chosen on this table and the next one. Of all sizes, 55 is known to lose here.
+    # With a margin of three standard errors in `validated` it would lose at 16 and 25 nodes, with two also at others.
     searched, held_out = (shipped.select(lambda i, side=side: i % 2 == side) for side in (direction, 1 - direction))
-    gains = {"joint": 0.0, "walk": 0.0}
-    for size in (*range(2, 25, 2), *range(28, 65, 4), 54, 58):
+    gains = {"joint": 0, "walk": 0}
+    for size in (*range(2, 25, 2), 25, 27, 29, *range(32, 65, 4), 37, 38, 39, 43):
         trees = [SEARCHES[name](searched, size, Limits()) for name in ("independent", *gains)]
         independent, *others = rounds_by_sequence(held_out, trees)
         for name, rounds in zip(gains, others, strict=True):
-            saved = independent - rounds
-            error = saved.std() * np.sqrt(len(saved))
-            print(
-                f"{size} nodes, {name}: {saved.sum()} rounds fewer of {independent.sum()}, standard error {error:.0f}"
-            )
-            assert saved.sum() >= 0
-            gains[name] += saved.sum()
-    assert all(gain > 0 for gain in gains.values())  # and somewhere better
+            saved = (independent - rounds).sum()
+            print(f"{size} nodes, {name}: {saved} rounds fewer of {independent.sum()}")
+            assert saved >= 0
+            gains[name] += saved
+    assert (gains["walk"] > 0) == (direction == 1)  # elsewhere the independent tree stays
 
 
 def test_the_usual_medusa_tree_is_the_searchs(shipped):
@@ -170,7 +171,7 @@ def test_the_usual_medusa_tree_is_the_searchs(shipped):
 
 @pytest.mark.parametrize("direction", [0, 1])
 def test_joint_is_not_worse_on_the_other_half_of_the_small_qwen2s_table(direction):
-    """Too little text for most joint laws, which then leave the independent tree alone: seen in 38 of 40 cases."""
+    """Too little text for joint laws: the independent tree stays. With three standard errors some others win."""
     table = RankTable.load(packaged_ranks("smollm2-draft"))
     searched, held_out = (table.select(lambda i, side=side: i % 2 == side) for side in (direction, 1 - direction))
     for size in (*range(2, 33, 2), 40, 48, 56, 64):
