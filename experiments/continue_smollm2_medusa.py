@@ -1,14 +1,14 @@
-"""Goes on from the heads that ship for SmolLM2-135M-Instruct, on new text, and averages the two.
+"""Made the heads that ship for SmolLM2-135M-Instruct: goes on from the first ones, on new text, and averages the two.
 
     specjax run experiments/continue_smollm2_medusa.py --output-dir results/continue_smollm2_medusa
 
 Other user turns and seed prompts than the first heads were trained on (`train_smollm2_medusa.py`); the exported
 weights are 0.4 of the first heads' and 0.6 of the trained ones' (`start_share`).
 
-Record (2 CPU cores, AMD EPYC Zen 4 with AVX-512 bf16, jax 0.10.2, bfloat16; result, curves, the text's manifest and
-the heads are in `records`): 687,595 tokens, made in 73 minutes (other checks beside it, and pauses); 640,476 to train
-on once repeats were left out, at 3,600 positions a second. Held out: 15,486 tokens of 95 conversations. Top-1 accuracy
-of heads 1 to 4, loss of head 1, tokens per round of the default tree (22 nodes):
+Record (2 CPU cores, AMD EPYC Zen 4 with AVX-512 bf16, jax 0.10.2, bfloat16; result, curves and the text's manifest are
+in `records`): 687,595 tokens, made in 73 minutes (other checks beside it, and pauses); 640,476 to train on once repeats
+were left out, at 3,600 positions a second. Held out: 15,486 tokens of 95 conversations. Top-1 accuracy of heads 1 to 4,
+loss of head 1, tokens per round of the default tree (22 nodes):
 
     the first heads   0.415 0.253 0.172 0.131   2.888   1.784
     epoch 1           0.401 0.233 0.150 0.117   2.958   1.762
@@ -33,10 +33,10 @@ The share was chosen from 1, 0.65, 0.4, 0.2 and 0 on these figures; 0.2 differs 
 (Both tables by scripts that were not kept.) One epoch at a fifth of the learning rate and twice the batch, not
 averaged, gives 0.415 0.249 0.170 0.132 and 1.788 on the held-out text.
 
-The average does not ship yet: all records of decoding are of the first heads. `start_from` names the heads that ship,
-which were the first ones here. Since the text was made, batches take prompts by length, which in bfloat16 changes
-roundings: it cannot be repeated to the bit. The aim of .45 .28 .20 .15 is not reached; more epochs on these
-conversations do not help.
+The first heads are in the records of `train_smollm2_medusa.py`. In this run they still had the packaged name, which
+`result.json` therefore gives for `start_from`. Since the text was made, batches take prompts by length, which in
+bfloat16 changes roundings: it cannot be repeated to the bit. The aim of .45 .28 .20 .15 is not reached; more epochs on
+these conversations do not help.
 """
 
 from specjax.training.distillation import Distillation

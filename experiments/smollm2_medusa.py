@@ -8,28 +8,41 @@
 In float32 the output is the same, token for token. The Medusa trees are the walk search's on the table beside the
 heads, of the size that this machine decodes fastest: rounds of 4, 6 and 8 nodes are timed in each dtype. The hybrids
 put drafts copied from the text beside Medusa's: in bfloat16 one after a match of one token and four after a longer one
-beside four, which has the highest median speed-up, on other prompts, of the three of twelve that commit more than 1.7
-tokens a round (`hybrid_trees_smollm2.py`); in float32, whose rounds cost as much with 5 rows as with 8, four after a
-match of at least two beside three, chosen by counting accepted drafts on those prompts (the demo's own counts lay
-beside them; the script was not kept).
+beside four, which has the highest median speed-up, on other prompts and with the first heads, of the three of twelve
+that commit more than 1.7 tokens a round (`hybrid_trees_smollm2.py`); in float32, whose rounds cost as much with 5 rows
+as with 8, four after a match of at least two beside three, chosen by counting accepted drafts on those prompts (the
+demo's own counts lay beside them; the script was not kept).
 
-Record of `make demo` (2 CPU cores, AMD EPYC Zen 4 with AVX-512 bf16, jax 0.10.2, nothing else running; the result is in
-`records`): 10 prompts of 64 tokens, 2:57 without installation; median (min-max over prompts), against autoregressive
-decoding in the same dtype (44.5 tokens a second in float32, 44.7 in bfloat16):
+Record of `make demo` (2 CPU cores, AMD EPYC Zen 3 without AVX-512, jax 0.10.2, nothing else running but for half a
+minute of git and a small script; the result is in `records`): 10 prompts of 64 tokens, 6:58 without installation;
+median (min-max over prompts), against autoregressive decoding in the same dtype (22.5 tokens a second in float32, 21.1
+in bfloat16):
 
     method             dtype      nodes  tokens/round  accepted/round  speed-up          same output
+    medusa             float32    4      1.38          0.38            1.04 (0.71-1.20)  10 of 10
+    ngram+medusa       float32    8      1.65          0.65            1.15 (0.71-2.05)  10 of 10
+    medusa_bf16        bfloat16   6      1.50          0.50            1.06 (0.81-1.39)  8 of 10
+    ngram+medusa_bf16  bfloat16   9      1.72          0.72            1.19 (0.71-1.59)  7 of 10
+
+Over float32's baseline the last two are at 1.00 (0.75-1.17) and 1.10 (0.63-1.52): medians of ratios, prompt by prompt.
+
+With the first heads (`train_smollm2_medusa.py`), which commit 1.36, 1.63, 1.43 and 1.70 tokens a round, on a Zen 3 as
+above: 0.88, 1.07, 1.04 (over float32's baseline 0.91) and 1.20 (1.03) one day (`result_first_heads_zen3.json`; 6:23),
+earlier 0.94, 1.09, 1.02 and 1.17, another day 0.97, 1.11, 1.00 (0.88) and 1.08 (0.97): medians of runs differ by a
+tenth there. On an AMD EPYC Zen 4 with AVX-512 bf16 (`result_first_heads_zen4.json`; nothing else running; 2:57 without
+installation), against the same dtype's baseline (44.5 tokens a second in float32, 44.7 in bfloat16):
+
     medusa             float32    4      1.36          0.36            1.01 (0.78-1.22)  10 of 10
     ngram+medusa       float32    8      1.63          0.63            1.11 (0.76-1.90)  10 of 10
     medusa_bf16        bfloat16   6      1.43          0.43            1.13 (0.85-1.37)  7 of 10
     ngram+medusa_bf16  bfloat16   9      1.71          0.71            1.31 (0.84-1.97)  7 of 10
 
-Over bfloat16's baseline the first two are at 0.99 (0.79-1.23) and 1.15 (0.77-1.89): medians of ratios, prompt by
-prompt, to baselines 0.4% apart. Other runs on such machines, in the table's order: 1.01, 1.13, 1.13, 1.28 (that day,
-files read beside it), 0.99, 1.12, 1.13, 1.29 and 1.06, 1.12, 1.16, 1.33 (another day; the bfloat16 Medusa tree was set
-to 6 nodes there).
+Over bfloat16's baseline the first two are at 0.99 (0.79-1.23) and 1.15 (0.77-1.89). Other runs on such machines, in the
+table's order: 1.01, 1.13, 1.13, 1.28 (that day, files read beside it), 0.99, 1.12, 1.13, 1.29 and 1.06, 1.12, 1.16,
+1.33 (another day; the bfloat16 Medusa tree was set to 6 nodes there).
 
-On an Intel Xeon with AMX (`result_amx.json`; nothing else running; 5:03 without installation), against the same dtype's
-baseline (32.5 tokens a second in either):
+On an Intel Xeon with AMX (`result_first_heads_amx.json`; nothing else running; 5:03 without installation), against the
+same dtype's baseline (32.5 tokens a second in either):
 
     medusa             float32    4      1.36          0.36            0.89 (0.70-1.12)  10 of 10
     ngram+medusa       float32    8      1.63          0.63            0.98 (0.68-1.70)  10 of 10
@@ -38,13 +51,6 @@ baseline (32.5 tokens a second in either):
 
 Over float32's baseline the last two are at 1.27 (0.85-1.64) and 1.54. An earlier run that day: 0.87, 1.06, 1.27 and
 1.38 (0.83-2.50).
-
-Without AVX-512 (Zen 3; `result_zen3.json`; nothing else running; 6:23 without installation): medusa in float32 with 4
-nodes 1.36 tokens per round, 0.88 (0.73-1.27); ngram+medusa 1.63, 1.07 (0.63-2.22); medusa_bf16 with 6 nodes 1.43, 1.04
-(0.66-1.25), ngram+medusa_bf16 1.70, 1.20 (0.66-1.71), against float32's baseline 0.91 (0.48-1.11) and 1.03 (0.50-1.60).
-10 of 10 the same in float32, 8 of 10 in bfloat16. An earlier run (trees of 4 or 8 nodes, in bfloat16 set to 6): 0.94,
-1.09, 1.02, 1.17, and 0.91, 1.05. On a Zen 5, with heads trained on 436,000 tokens, 50 prompts of 128 tokens: medusa in
-bfloat16 with 6 nodes 1.46, 1.22 (0.83-1.57).
 """
 
 from specjax.experiment import DecodeExperiment, Decoding, Method, Prompts
