@@ -2,9 +2,10 @@
 
     specjax run experiments/hybrid_trees_smollm2.py
 
-Record (2 CPU cores, AMD EPYC Zen 4 with AVX-512 bf16, jax 0.10.2, bfloat16, nothing else running; the result is in
-`records`): 10 prompts of 64 tokens, tokens per round and speed-up, median (min-max over prompts), by the nodes of the
-Medusa part (root included) and the drafts copied at most (in brackets those after a match of one token, and of two):
+Record (2 CPU cores, AMD EPYC Zen 4 with AVX-512 bf16, jax 0.10.2, bfloat16, nothing else running, with the first heads
+(`train_smollm2_medusa.py`); the result is in `records`): 10 prompts of 64 tokens, tokens per round and speed-up, median
+(min-max over prompts), by the nodes of the Medusa part (root included) and the drafts copied at most (in brackets those
+after a match of one token, and of two):
 
     copied    3 nodes                  4 nodes                  5 nodes
     3         1.56  1.28 (0.78-1.47)   1.64  1.17 (0.88-1.55)   1.70  1.22 (0.84-1.60)
