@@ -130,8 +130,9 @@ print(f"tokens per round: {before:.2f} before, {after:.2f} after training")
 assert after > before
 
 # %% [markdown]
-# Real heads want more text: those for SmolLM2 saw a million tokens (`experiments/train_smollm2_medusa.py` has the learning
-# curve). What they are worth on which text is the next notebook's subject.
+# Real heads want more text: those for SmolLM2 saw 1.6 million tokens (`experiments/train_smollm2_medusa.py` has the learning
+# curve of the first million, `continue_smollm2_medusa.py` the rest). What they are worth on which text is the next notebook's
+# subject.
 
 # %%
 sj.save_heads(folder / "heads.safetensors", trained)

@@ -32,7 +32,8 @@ heads = sj.load_heads(name, model.config, dtype="float32")
 # %% [markdown]
 # ## Two kinds of text
 #
-# Beside the heads lies the table of *distilled* text: the model's answers to templated questions, held out from training.
+# Beside the heads lies the table of *distilled* text: the model's answers to templated questions, held out from training (but
+# for some of the prompts, which an earlier training had seen).
 # A second one is measured here, on prompts of five kinds that are nothing like the training text.
 
 # %%

@@ -87,7 +87,7 @@ def test_the_shipped_heads_know_more_than_the_lm_head_that_they_began_as(smollm2
     start = init_heads(heads.config, smollm2.params, np.asarray(heads.token_map))
     fitted, before = (measure(smollm2, one, texts).accuracy(1) for one in (heads, start))
     print("top-1 accuracy by head:", fitted.round(3), "began at", before.round(3))
-    assert (fitted - before > np.array([0.25, 0.11, 0.06, 0.04])).all()  # seen: 0.295 0.134 0.078 0.053
+    assert (fitted - before > np.array([0.27, 0.12, 0.075, 0.05])).all()  # seen: 0.311 0.144 0.093 0.065
 
 
 @pytest.mark.parametrize("number", [0, 20, 39])

@@ -9,6 +9,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import numpy as np
 import pytest
+from conftest import save_chat_model
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
@@ -18,6 +19,8 @@ from specjax.analysis.table import RankTable
 from specjax.experiment import load_config, run_config
 from specjax.loading.heads import heads_metadata
 from specjax.training import loop
+from specjax.training.distillation import Distillation
+from specjax.training.fit import FitHeads
 from specjax.training.quality import default_tree
 from specjax.training.trainer import TrainConfig
 
@@ -139,6 +142,15 @@ def test_going_on_from_heads_and_averaging(fitted, tmp_path):
         run(dataclasses.replace(changed, start_from=str(tmp_path / "none")), tmp_path / "absent")
     with pytest.raises(sj.TreeError, match="3 heads can fill a depth of 3"):
         run(dataclasses.replace(changed, tree="chain:4"), tmp_path / "deep")
+
+
+def test_heads_to_go_on_from_are_looked_for_before_the_text_is_made(tmp_path):
+    data = Distillation(str(tmp_path / "text"), shards=2, shard_size=2, batch_size=2, max_answer_tokens=4)
+    target = str(save_chat_model(tmp_path / "target"))
+    config = FitHeads(name="tiny", model=target, data=data, start_from=str(tmp_path / "none"))
+    with pytest.raises(sj.CheckpointError, match="there are no heads"):
+        run(config, tmp_path / "out")
+    assert not (tmp_path / "text").exists()
 
 
 def test_qwen2_5_without_a_network(tmp_path, monkeypatch):
