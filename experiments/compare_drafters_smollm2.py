@@ -32,7 +32,8 @@ accepted: above T = 0 nothing pays.
 
 With the first heads (`train_smollm2_medusa.py`) on a Zen 4 with AVX-512 bf16 (`result_first_heads_zen4.json`; beside a
 text search for some of the time; 14 minutes), in the same order at T = 0: 0.99, 1.01, 1.01, 1.01 (1.40 tokens per
-round), 1.12 (1.61) and 0.97 (1.68); at T = 0.7 Medusa 1.06 and the hybrid 1.02; at T = 1 nothing pays."""
+round), 1.12 (1.61) and 0.97 (1.68); at T = 0.7 Medusa 1.06 and the hybrid 1.02; at T = 1 nothing pays.
+"""
 
 from typing import Any
 

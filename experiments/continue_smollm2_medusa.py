@@ -2,13 +2,15 @@
 
     specjax run experiments/continue_smollm2_medusa.py --output-dir results/continue_smollm2_medusa
 
-Other user turns and seed prompts than the first heads were trained on (`train_smollm2_medusa.py`); the exported
+To be run from the repository's root, where the first heads lie in `experiments/records`.
+
+Mostly other user turns and seed prompts than the first heads were trained on (`train_smollm2_medusa.py`); the exported
 weights are 0.4 of the first heads' and 0.6 of the trained ones' (`start_share`).
 
 Record (2 CPU cores, AMD EPYC Zen 4 with AVX-512 bf16, jax 0.10.2, bfloat16; result, curves and the text's manifest are
 in `records`): 687,595 tokens, made in 73 minutes (other checks beside it, and pauses); 640,476 to train on once repeats
 were left out, at 3,600 positions a second. Held out: 15,486 tokens of 95 conversations. Top-1 accuracy of heads 1 to 4,
-loss of head 1, tokens per round of the default tree (22 nodes):
+loss of head 1, tokens per round of the tree that training judges by (22 nodes):
 
     the first heads   0.415 0.253 0.172 0.131   2.888   1.784
     epoch 1           0.401 0.233 0.150 0.117   2.958   1.762

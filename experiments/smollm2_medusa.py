@@ -26,11 +26,20 @@ in bfloat16):
 
 Over float32's baseline the last two are at 1.00 (0.75-1.17) and 1.10 (0.63-1.52): medians of ratios, prompt by prompt.
 
-With the first heads (`train_smollm2_medusa.py`), which commit 1.36, 1.63, 1.43 and 1.70 tokens a round, on a Zen 3 as
-above: 0.88, 1.07, 1.04 (over float32's baseline 0.91) and 1.20 (1.03) one day (`result_first_heads_zen3.json`; 6:23),
-earlier 0.94, 1.09, 1.02 and 1.17, another day 0.97, 1.11, 1.00 (0.88) and 1.08 (0.97): medians of runs differ by a
-tenth there. On an AMD EPYC Zen 4 with AVX-512 bf16 (`result_first_heads_zen4.json`; nothing else running; 2:57 without
-installation), against the same dtype's baseline (44.5 tokens a second in float32, 44.7 in bfloat16):
+Speed-ups of runs on this kind of machine differ by a tenth; what the new heads bring is seen in tokens per round. Half
+an hour before, with the first heads (`train_smollm2_medusa.py`; `result_first_heads_zen3.json`; files read beside it;
+6:31):
+
+    medusa             float32    4      1.36          0.36            0.97 (0.71-1.38)  10 of 10
+    ngram+medusa       float32    8      1.63          0.63            1.11 (0.66-1.74)  10 of 10
+    medusa_bf16        bfloat16   6      1.43          0.43            1.00 (0.89-1.26)  8 of 10
+    ngram+medusa_bf16  bfloat16   9      1.70          0.70            1.08 (0.84-2.19)  8 of 10
+
+Over float32's baseline the last two at 0.88 and 0.97. The same on an earlier day: 0.88, 1.07, 1.04 (0.91) and 1.20
+(1.03), and before that (trees of 4 or 8 nodes, in bfloat16 set to 6) 0.94, 1.09, 1.02 (0.91) and 1.17 (1.05).
+
+With the first heads on an AMD EPYC Zen 4 with AVX-512 bf16 (`result_first_heads_zen4.json`; nothing else running; 2:57
+without installation), against the same dtype's baseline (44.5 tokens a second in float32, 44.7 in bfloat16):
 
     medusa             float32    4      1.36          0.36            1.01 (0.78-1.22)  10 of 10
     ngram+medusa       float32    8      1.63          0.63            1.11 (0.76-1.90)  10 of 10

@@ -24,9 +24,9 @@ unlike the training text, and head 1's accuracy on the held-out text:
     1,004,659         3        0.434    1.57      1.70       1.85
 
 The aim is .45 .28 .20 .15 for top-1: heads 1 and 2 are short of it, and on newer text, in which a sixth of the prompts
-recur, the same heads have .415 .253 .172 .131 (`continue_smollm2_medusa.py`). They and their rank
-table are in `records`. The seed prompts, the split (by hash of the prompt now), the losses and the choice of the
-checkpoint (the best one now, it was the last) have changed since: it cannot be repeated to the bit.
+recur, the same heads have .415 .253 .172 .131 (`continue_smollm2_medusa.py`). They and their rank table are in
+`records`. The seed prompts, the split (by hash of the prompt now), the losses and the choice of the checkpoint (the
+best one now, it was the last) have changed since: it cannot be repeated to the bit.
 
 More text is what helps. A larger draft vocabulary does not (12,288 to 49,152, with 435,700 tokens: 1.52 to 1.49 at 8
 nodes), and neither does distilling the target's distribution in place of its tokens (1.466 against 1.464 at 8 nodes).
