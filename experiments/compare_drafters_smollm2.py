@@ -2,9 +2,10 @@
 
     specjax run experiments/compare_drafters_smollm2.py
 
-Record (2 CPU cores, AMD EPYC Zen 3, jax 0.10.2, float32, nothing else running; the result is in `records`): 20 prompts
-of 64 tokens, four of each category, 29 minutes. Tokens per round (accepted: one less) and speed-up, median (min-max
-over prompts); all greedy outputs are the same as without a drafter (20 of 20 each):
+Record (2 CPU cores, AMD EPYC Zen 3, jax 0.10.2, float32, nothing else running but for some editing in the first three
+minutes; the result is in `records`): 20 prompts of 64 tokens, four of each category, 29 minutes. Tokens per round
+(accepted: one less) and speed-up, median (min-max over prompts); all greedy outputs are the same as without a drafter
+(20 of 20 each):
 
     drafter        nodes   T = 0                    T = 0.7                  T = 1
     vanilla        3       1.43  0.93 (0.67-1.23)   1.40  0.84 (0.57-1.17)   1.38  0.86 (0.54-1.02)

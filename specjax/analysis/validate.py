@@ -19,8 +19,9 @@ from specjax.tree import Tree
 
 _FOLDS = 5
 _SHRINKAGES = (16.0, 64.0, 256.0)
-# Standard errors that a saving must exceed. Six candidates at 63 sizes: at 3.65 any chance win at all would be 5%
-# likely, were the errors normal and known.
+# Standard errors that a saving must exceed: with three the searches lost on held-out text now and then, with four
+# nowhere that was counted (README). Six candidates at 63 sizes: at 3.65 any chance win at all would be 5% likely, were
+# the errors normal and known.
 _MARGIN = 4.0
 _REPEATS = 3  # of the search at the roots that the tree before visits
 
