@@ -246,6 +246,10 @@ def layer_forward(
     return x, k, v
 
 
+# Layers of one shape are traced once in a process, not once each in every program. XLA inlines the calls.
+_layer = jax.jit(layer_forward, static_argnames="config")
+
+
 def embed(params: Params, tokens: Int[Array, "T"]) -> Float[Array, "T D"]:
     """Token embeddings, float32 (no scaling in these families)."""
     # XLA:CPU widens a bfloat16 table before it gathers. Tied to the tokens, it cannot do so for all rows before a loop.
@@ -306,7 +310,7 @@ def forward(
         prefix = None if cache is None else Prefix(cache.k[i], cache.v[i], prefix_mask, first, start)
         with jax.named_scope(f"layer_{i}"):
             adapter = None if adapters is None else adapters[i]
-            apply: Callable[..., Any] = functools.partial(layer_forward, adapter=adapter)
+            apply: Callable[..., Any] = _layer if adapter is None else functools.partial(layer_forward, adapter=adapter)
             if remat:
                 apply = jax.checkpoint(apply, static_argnums=1)
             x, k, v = apply(layer, config, x, tables, mask, prefix)

@@ -28,7 +28,7 @@ from specjax.params import Params
 from specjax.training.losses import IGNORED, future_labels, label_ranks, reduce_labels
 
 _CHUNK = 128  # positions whose LM-head logits exist at once
-_PADDING = 256  # sequences are padded to a multiple of this, so that few lengths compile
+_PADDING = 128  # sequences are padded to a multiple of this, so that few lengths compile
 
 
 @dataclass(frozen=True)

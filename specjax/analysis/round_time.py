@@ -2,8 +2,10 @@
 
 import itertools
 import math
+import os
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +19,7 @@ from rich.table import Table
 from specjax.analysis.search import expected_tokens, greedy_tree
 from specjax.analysis.simulate import Simulation
 from specjax.bench import environment
-from specjax.decode import capacity_for, decode, prefill
+from specjax.decode import State, capacity_for, decode, prefill
 from specjax.drafters.medusa import MedusaDrafter
 from specjax.errors import ConfigError, DataError, TreeError, is_whole
 from specjax.fingerprint import fingerprint
@@ -42,7 +44,7 @@ def time_rounds(
 ) -> list[dict[str, float]]:
     """Milliseconds per round {median, min, max} for each tree, in the real decoding loop.
 
-    `repeats` runs, alternating over the trees, of about `rounds` rounds each, after one to compile and warm up.
+    `repeats` runs, alternating over the trees, of about `rounds` rounds each, after a round to compile and warm up.
 
     Args:
       capacity: cache slots, `decode.capacity_for` of what is to be decoded: a round's cost depends on them. By default,
@@ -66,13 +68,22 @@ def time_rounds(
     new = {"max_new_tokens": tokens, "eos_token_ids": (), "capacity": max(least, capacity or 0)}
     # One for all: between rounds Medusa keeps nothing of its own.
     state = prefill(model, prompt_ids, drafter=drafters[0], **new)  # type: ignore[arg-type]
-    for drafter in drafters:
-        jax.block_until_ready(decode(model, state, drafter=drafter, eos_token_ids=()))
+
+    one_round = replace(state, limit=state.length + 1)
+
+    def run(drafter: MedusaDrafter, state: State = one_round) -> State:
+        return jax.block_until_ready(decode(model, state, drafter=drafter, eos_token_ids=()))
+
+    if jax.default_backend() == "cpu":  # the compiler mostly uses one core; a GPU's times kernels, so one by one
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(run, drafters))
+    for drafter in drafters:  # where this thread has settings of its own, such as a precision, it compiles here
+        run(drafter)
     taken: list[list[float]] = [[] for _ in drafters]
     for _ in range(repeats):
         for times, drafter in zip(taken, drafters, strict=True):
             begin = time.perf_counter()
-            done = jax.block_until_ready(decode(model, state, drafter=drafter, eos_token_ids=()))
+            done = run(drafter, state)
             times.append(1e3 * (time.perf_counter() - begin) / int(done.rounds))
     return [{"median": float(np.median(t)), "min": min(t), "max": max(t)} for t in taken]
 

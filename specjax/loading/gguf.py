@@ -34,7 +34,7 @@ def load_gguf(path: str | os.PathLike[str], dtype: DTypeLike) -> tuple[Params, M
       ConfigError: an architecture or feature that the decoder does not compute.
     """
     try:
-        reader = gguf.GGUFReader(path)
+        reader = _Reader(path)
     except (ValueError, IndexError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read as a GGUF file ({error}); is the download complete?") from error
     metadata = {key: field.contents() for key, field in reader.fields.items()}
@@ -55,14 +55,30 @@ def load_gguf(path: str | os.PathLike[str], dtype: DTypeLike) -> tuple[Params, M
         rope_divisors=None if divisors is None else rows(_ROPE_DIVISORS, 0, int(divisors.shape[0])).tolist(),
     )
     plan = layout.layout(config, layout.GGUF_NAMES, interleaved_rope=config.family == "llama")
+    wanted = plan.shapes
     problems = layout.check(plan, ((t.name, shape(t)) for t in reader.tensors), lambda name: name == _ROPE_DIVISORS)
     problems += [
         f"type: {t.name} is quantised as {t.tensor_type.name}, which the gguf package cannot dequantise"
         for t in reader.tensors
-        if t.name in plan.shapes and not _readable(t.tensor_type)
+        if t.name in wanted and not _readable(t.tensor_type)
     ]
     layout.refuse(problems, str(path))
     return layout.fill(plan, rows, dtype), config, metadata
+
+
+class _Reader(gguf.GGUFReader):
+    """Slices plain arrays: of the package's own `np.memmap` each slice is dear, and it takes several for every token.
+
+    A third of the time for a vocabulary of 49,152 tokens (3.3 s to 1.1 s). The file stays mapped.
+    """
+
+    @property
+    def data(self) -> Any:
+        return self._data
+
+    @data.setter
+    def data(self, mapped: Any) -> None:
+        self._data = mapped.view(np.ndarray)
 
 
 def _readable(kind: gguf.GGMLQuantizationType) -> bool:
