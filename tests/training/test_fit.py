@@ -153,6 +153,23 @@ def test_heads_to_go_on_from_are_looked_for_before_the_text_is_made(tmp_path):
     assert not (tmp_path / "text").exists()
 
 
+def test_heads_for_distilled_text_name_the_target_as_it_is_loaded(tmp_path):
+    """A file's own name for itself, such as a GGUF's "Smollm2 135M 8k Lc100K Mix1 Ep2", loads nothing."""
+    target, text = str(save_chat_model(tmp_path / "target")), str(tmp_path / "text")
+    sizes = {"shards": 2, "shard_size": 4, "batch_size": 4, "max_answer_tokens": 8}
+    data = Distillation(text, "seeds", temperature=1.0, evaluation_share=0.4, **sizes)
+    training = TrainConfig(epochs=1, batch_size=16, select="best")
+    config = FitHeads(name="tiny", model=target, data=data, num_heads=2, reduced_vocab_size=None, training=training)
+    result, _ = run(config, tmp_path / "out")
+    assert heads_metadata(tmp_path / "out" / "heads.safetensors")["target"] == target
+    counts = [result["data"][side]["conversations"] for side in ("training", "held_out")]
+    assert min(counts) > 0
+    assert sum(counts) <= 8
+    table = RankTable.load(tmp_path / "out" / "heads.ranks.npz")
+    assert table.manifest["model_name"] == target
+    assert len(table.lengths) == counts[1]
+
+
 def test_qwen2_5_without_a_network(tmp_path, monkeypatch):
     config = load_config(EXPERIMENTS / "train_qwen2_5_0_5b_medusa.py")
     assert config.model == "Qwen/Qwen2.5-0.5B-Instruct"
