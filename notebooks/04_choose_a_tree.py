@@ -68,7 +68,9 @@ for size, walk, independent in zip(sizes, curves["walk"], curves["independent"],
 # %% [markdown]
 # ## The tree itself
 #
-# Edges show how often the child is right where its parent is. The best tree is narrow and not symmetric.
+# Edges show how often the child is right where its parent is. The best tree is wide at its root, shallow, and lopsided. The
+# line below the drawing says which law won: the walk is tried first, and where it is not better beyond doubt, the tree is the
+# independent one.
 
 # %%
 (sixteen,) = lab.search_trees(chosen_on, [16])
@@ -99,12 +101,13 @@ for size, row in zip(timed, taken, strict=True):
 # %% [markdown]
 # ## Choose
 #
-# Tokens per round over the time of a round is the predicted speed. The text it was searched on flatters a tree a little;
-# the other half does not.
+# Tokens per round over the time of a round is the predicted speed. The text that a tree was searched on may flatter it; the
+# other half does not. Here that half happens to be the easier one, and its curve lies above.
 #
 # A tree is worth its cost only above the black line, autoregressive decoding. In float32 on a CPU, two tokens at once may
 # cost nearly twice as much as one: then no tree helps, and the honest choice is none. Where several tokens share the
-# reading of the weights (bfloat16 with hardware for it, a GPU), the same trees gain.
+# reading of the weights (bfloat16 with hardware for it, a GPU), the same trees gain. Times differ between runs by more than
+# a few percent, as the ranges above show: so small a gain is none yet.
 
 # %%
 other = lab.simulate(checked_on, family[1:])

@@ -246,7 +246,8 @@ def layer_forward(
     return x, k, v
 
 
-# Layers of one shape are traced once in a process, not once each in every program. XLA inlines the calls.
+# Layers of one shape are traced once for a config, not once each in every program; BLOCK and FEW_ROWS are read then.
+# XLA inlines the calls.
 _layer = jax.jit(layer_forward, static_argnames="config")
 
 

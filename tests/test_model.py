@@ -98,3 +98,17 @@ def test_a_bfloat16_loop_copies_no_weights(shape):
     compiled = jax.jit(decode.loop, static_argnums=(1, 3, 4)).lower(*plan, state).compile()
     weights = sum(x.nbytes for x in jax.tree.leaves(model.params))
     assert compiled.memory_analysis().temp_size_in_bytes < weights / 2
+
+
+def test_layers_computed_again_give_the_same_gradient():
+    model, tokens = tiny_model(), jnp.arange(20) * 3 % 61
+
+    def gradient(remat):
+        return jax.grad(lambda params: jnp.square(forward(params, model.config, tokens, remat=remat).features).sum())
+
+    kept, again = (jax.tree.leaves(gradient(remat)(model.params)) for remat in (False, True))
+    for one, other in zip(kept, again, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-4)
+    assert any(jnp.abs(one).max() > 0 for one in kept)
+    flops = [jax.jit(gradient(remat)).lower(model.params).compile().cost_analysis()["flops"] for remat in (False, True)]
+    assert flops[1] > 1.1 * flops[0]

@@ -75,7 +75,7 @@ def time_rounds(
         return jax.block_until_ready(decode(model, state, drafter=drafter, eos_token_ids=()))
 
     if jax.default_backend() == "cpu":  # the compiler mostly uses one core; a GPU's times kernels, so one by one
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(min(os.cpu_count() or 1, 4)) as pool:  # each holds a program and a cache
             list(pool.map(run, drafters))
     for drafter in drafters:  # where this thread has settings of its own, such as a precision, it compiles here
         run(drafter)
