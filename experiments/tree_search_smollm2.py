@@ -21,13 +21,13 @@ last training), checked on the model's answers to the 50 shipped prompts (5,300 
 The predicted best, 8 nodes, is the fastest tree, level with 4 nodes, and no tree pays here: it decodes as fast as no
 tree does (1.00, median of ratios), but at 0.94 of its median speed, further from the measured best than the 5% that are
 asked of the choice if no tree counts as one. On these very texts the prediction is no tree, which is the fastest by the
-medians. 12 nodes were timed slower than 16, which take as many rows; when decoding
-they were not (93 and 97 ms a round by the medians). Measured speeds are 10 to 26% below the prediction on these texts,
-without a tree 14%; why has not been looked into. Decoded tokens per round equal the simulated ones to every digit, all
-outputs are the same. On other text than searched, the shipped prompts, tokens per round are 9.2% below the prediction
-on average, 10.7% at most; on text of the same kind, searched on one half of the held-out conversations and simulated on
-the other, both ways, 0.1% on average, 3.9% at most. The searches differ at 48 nodes alone: 1.947 for the walk, 1.923
-for the others. Any tree of depth 4 with ranks below 32 would give 2.58.
+medians. 12 nodes were timed slower than 16, which take as many rows; when decoding they were not (93 and 97 ms a round
+by the medians). Measured speeds are 10 to 26% below the prediction on these texts, without a tree 14%; why has not been
+looked into. Decoded tokens per round equal the simulated ones to every digit, all outputs are the same. On other text
+than searched, the shipped prompts, tokens per round are 9.2% below the prediction on average, 10.7% at most; on text of
+the same kind, searched on one half of the held-out conversations and simulated on the other, both ways, 0.1% on
+average, 3.9% at most. The searches differ at 48 nodes alone: 1.947 for the walk, 1.923 for the others. Any tree of
+depth 4 with ranks below 32 would give 2.58.
 
 With the first heads (`train_smollm2_medusa.py`) on an Intel Xeon with AMX, bfloat16 (`result_first_heads_amx.json`;
 nothing else running; 5,264 tokens; joint laws had to win by three standard errors):

@@ -68,7 +68,7 @@ for size, walk, independent in zip(sizes, curves["walk"], curves["independent"],
 # %% [markdown]
 # ## The tree itself
 #
-# Edges show how often the child is right where its parent is. The best tree is wide at its root, shallow, and lopsided. The
+# Edges show how often the child is right where its parent is. The best tree here is wide at its root, shallow, and lopsided. The
 # line below the drawing says which law won: the walk is tried first, and where it is not better beyond doubt, the tree is the
 # independent one.
 
@@ -106,8 +106,8 @@ for size, row in zip(timed, taken, strict=True):
 #
 # A tree is worth its cost only above the black line, autoregressive decoding. In float32 on a CPU, two tokens at once may
 # cost nearly twice as much as one: then no tree helps, and the honest choice is none. Where several tokens share the
-# reading of the weights (bfloat16 with hardware for it, a GPU), the same trees gain. Times differ between runs by more than
-# a few percent, as the ranges above show: so small a gain is none yet.
+# reading of the weights (bfloat16 with hardware for it, a GPU), the same trees gain. Repeated times differ by more
+# than a few percent, as the ranges above show: so small a gain is none yet.
 
 # %%
 other = lab.simulate(checked_on, family[1:])
