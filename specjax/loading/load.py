@@ -3,7 +3,7 @@
 import importlib.metadata
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 
@@ -53,7 +53,7 @@ class Model:
 
 
 def load_model(source: str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32) -> Model:
-    """Loads a Llama, Mistral or Qwen2 model.
+    """Loads a Llama, Mistral or Qwen2 model; its `config.name` is the `source`.
 
     Args:
       source: a packaged name ("smollm2-135m-instruct", or a draft model's: `packaged()` lists them), a Hugging Face
@@ -84,7 +84,8 @@ def load_model(source: str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32
             f"the tokenizer of {source} has {tokenizer.vocab_size} tokens, the model embeds {config.vocab_size}; "
             "the files belong to different models."
         )
-    return Model(params, config, tokenizer)
+    # By what loads it again, not by what a file calls itself ("Smollm2 135M 8k Lc100K Mix1 Ep2", say).
+    return Model(params, replace(config, name=os.fspath(source)), tokenizer)
 
 
 def packaged() -> list[str]:
@@ -107,6 +108,7 @@ def load_draft(
     """
     path = _located(source)
     model, file = load_model(path, dtype=dtype), path / _TOKEN_MAP
+    model = replace(model, config=replace(model.config, name=os.fspath(source)))
     if not file.is_file():
         return model, None
     try:

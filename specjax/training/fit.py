@@ -1,6 +1,6 @@
 """The training experiment: from a packaged target to heads with a record of their quality."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,6 @@ class FitHeads(HeadFit):
         if self.start_from is not None:
             load_heads(self.start_from, model.config)  # raises now, not when the text has been made
         training, evaluation = prepared(model, self.data, console)
-        model = replace(model, config=replace(model.config, name=self.model))  # the heads' metadata name their target
         return self.fit(
             model, joined(training), joined(evaluation), conversation_texts(evaluation), output_dir, console
         )

@@ -1,6 +1,6 @@
 """Fitting heads to a draft model, as a target in its own right: a trained Qwen2 small enough for tests."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,6 @@ class FitDraftHeads(HeadFit):
         """Makes the text, then `fit`."""
         tokenizer = chat_tokenizer(load_model(self.tokenizer, dtype="bfloat16")).dated(TODAY)
         model, token_map = load_draft(self.draft)
-        model = replace(model, config=replace(model.config, name=self.draft))
         asked = [
             tokenizer.apply_chat_template([{"role": "user", "content": text}])
             for text in seed_prompts(self.prompts, self.prompt_seed)

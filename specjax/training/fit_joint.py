@@ -14,7 +14,7 @@ from rich.console import Console
 
 from specjax.bench import environment
 from specjax.heads import Heads, MedusaConfig, init_heads
-from specjax.loading.heads import save_heads
+from specjax.loading.heads import load_heads, save_heads
 from specjax.loading.hf import save_hf
 from specjax.loading.load import Model, load_model
 from specjax.loading.tokenizer import Tokenizer
@@ -45,6 +45,9 @@ class FitJoint:
 
     Attributes:
       reduced_vocab_size: the most frequent tokens of the training text; None for the whole vocabulary.
+      start_from: heads to go on from, as `load_heads` takes them: their shape and vocabulary hold then, not the fields
+        above. With Medusa-2 it is the second of the paper's two stages (section 2.2.2), the heads being Medusa-1's.
+        None: from the LM head.
       tree: whose tokens_per_round is followed, as `Tree.parse` takes it; None: `default_tree`.
     """
 
@@ -53,6 +56,7 @@ class FitJoint:
     num_heads: int = 4
     num_layers: int = 1
     reduced_vocab_size: int | None = 8192
+    start_from: str | None = None
     tree: str | None = None
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the target and of the products; what is fitted is float32
     data: Distillation = field(default_factory=Distillation)
@@ -67,18 +71,20 @@ class FitJoint:
         PNG, and checkpoints. A run that was stopped goes on where the same `output_dir` is given.
 
         Raises:
-          As `prepared` and `fit_joint`; ConfigError for a shape that does not fit the model.
+          As `prepared` and `fit_joint`; ConfigError for a shape that does not fit the model; CheckpointError where
+            `start_from` cannot be loaded, or is for another model.
         """
         self.hosts.join()
         mesh, first = self.mesh.build(), jax.process_index() == 0
         model = load_model(self.model, dtype=self.dtype)
+        begun = None if self.start_from is None else load_heads(self.start_from, model.config, dtype=jnp.float32)
         read = functools.partial(prepared, model, self.data, console, features=False)
         # One process writes shards; a file of chats all read at once.
         made = read() if self.data.chats is not None else first_alone(read, output_dir / TEXT_MARK)
         text, held_out = made or read(make=False)
         multihost_utils.sync_global_devices("read")  # they begin to train together
-        heads = self._start(model, text)
-        tree = tree_for(None if self.tree is None else Tree.parse(self.tree), self.num_heads)
+        heads = self._from_lm_head(model, text) if begun is None else begun
+        tree = tree_for(None if self.tree is None else Tree.parse(self.tree), heads.config.num_heads)
         training = self.training
         fit = functools.partial(
             fit_joint, model.config, model.params, heads, text, held_out, training, output_dir, on=mesh, tree=tree
@@ -117,7 +123,7 @@ class FitJoint:
             "figures": figures,
         }
 
-    def _start(self, model: Model, text: list[Conversation]) -> Heads:
+    def _from_lm_head(self, model: Model, text: list[Conversation]) -> Heads:
         answers = np.concatenate([tokens for item in text for _, tokens, _ in turns(item)])
         vocab, size = model.config.vocab_size, self.reduced_vocab_size
         check_reduced(size, vocab)

@@ -172,6 +172,7 @@ def test_other_architectures_are_refused(tmp_path):
 
 def test_the_packaged_model():
     model = load_model("smollm2-135m-instruct")
+    assert model.config.name == "smollm2-135m-instruct"  # the file calls itself "Smollm2 135M 8k Lc100K Mix1 Ep2"
     published = ModelConfig.preset("smollm2-135m")
     eps = model.config.rms_norm_eps
     assert eps == pytest.approx(published.rms_norm_eps)

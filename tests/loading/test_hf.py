@@ -217,7 +217,8 @@ def test_a_repositorys_token_map_comes_along(params, tmp_path, monkeypatch):
         return str(tmp_path / "cache")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    _, token_map = load_draft("someone/draft")
+    model, token_map = load_draft("someone/draft")
+    assert model.config.name == "someone/draft"
     np.testing.assert_array_equal(token_map, np.arange(40)[::-1])
 
 

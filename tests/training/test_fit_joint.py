@@ -174,6 +174,29 @@ def test_kills_change_nothing(experiment, alone, tmp_path):
         assert weight.tobytes() == theirs[name].tobytes()
 
 
+def test_going_on_from_heads(experiment, alone, tmp_path, capsys):
+    """The second of two stages: heads that exist, with their own number and vocabulary, and the backbone."""
+    out, result = alone
+    further = ["run", str(experiment), "--num-heads", "1", "--reduced-vocab-size", "16", "--training.epochs", "2"]
+    assert main([*further, "--output-dir", str(tmp_path / "out"), "--start-from", str(out / "heads.safetensors")]) == 0
+    again = json.loads((tmp_path / "out" / "result.json").read_text())
+    begun, fresh = (r["evaluations"][0]["eval"] for r in (again, result))
+    # Those heads have learned this text, though beside a backbone that moved along with them.
+    assert min(np.subtract(begun["accuracy"]["top1"], fresh["accuracy"]["top1"])) > 0.15
+    assert again["record"]["tokens_per_round"] > begun["tokens_per_round"] > fresh["tokens_per_round"] + 0.3
+    assert again["tree"]["nodes"] == 10
+    ours, theirs = (safetensors.numpy.load_file(path / "heads.safetensors") for path in (tmp_path / "out", out))
+    assert {name: weight.shape for name, weight in ours.items()} == {n: weight.shape for n, weight in theirs.items()}
+    np.testing.assert_array_equal(ours["token_map"], theirs["token_map"])
+    assert (ours["params.kernel_0"] != theirs["params.kernel_0"]).any()
+    assert (tmp_path / "out" / "backbone").is_dir()
+    capsys.readouterr()
+    absent, text = ["--start-from", str(tmp_path / "none")], tmp_path / "text"
+    assert main([*further, "--output-dir", str(tmp_path / "no"), *absent, "--data.directory", str(text)]) == 2
+    assert "there are no heads" in capsys.readouterr().err
+    assert not text.exists()  # told before the text is made
+
+
 def test_two_hosts_give_the_result_of_one(experiment, tmp_path):
     """Process 0 makes the text, taking longer than XLA:CPU waits for a first collective, and writes the result.
 
