@@ -5,7 +5,7 @@ A feature that would change results is honoured or refused here; nothing is igno
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -51,10 +51,10 @@ class ModelConfig:
     sliding_window: int | None = None  # a query sees the last `sliding_window` positions, itself included
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
-    name: str = ""
+    name: str = field(default="", compare=False)  # another name compiles nothing anew
 
     def __post_init__(self) -> None:
-        for field in (
+        for name in (
             "vocab_size",
             "hidden_size",
             "intermediate_size",
@@ -64,9 +64,9 @@ class ModelConfig:
             "head_dim",
             "max_positions",
         ):
-            value = getattr(self, field)
+            value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{field} is {value!r}; expected a positive integer.")
+                raise ConfigError(f"{name} is {value!r}; expected a positive integer.")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}; "

@@ -84,7 +84,7 @@ def load_model(source: str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32
             f"the tokenizer of {source} has {tokenizer.vocab_size} tokens, the model embeds {config.vocab_size}; "
             "the files belong to different models."
         )
-    # By what loads it again, not by what a file calls itself ("Smollm2 135M 8k Lc100K Mix1 Ep2", say).
+    # As the caller named it, not as a file calls itself ("Smollm2 135M 8k Lc100K Mix1 Ep2", say).
     return Model(params, replace(config, name=os.fspath(source)), tokenizer)
 
 

@@ -18,7 +18,7 @@ from specjax.loading.heads import load_heads, save_heads
 from specjax.loading.load import Model
 from specjax.training.curves import save_training_figures
 from specjax.training.distill import Answers
-from specjax.training.monitor import RunMonitor, evaluation_line, throughput
+from specjax.training.monitor import RunMonitor, evaluation_line, throughput, warn_if_worse
 from specjax.training.quality import record as evaluation_record
 from specjax.training.quality import selected, tree_for
 from specjax.training.trainer import TrainConfig, check_reduced, dataset, evaluate, frequent_tokens, steps_of, train
@@ -66,7 +66,7 @@ class HeadFit:
 
         Raises:
           ConfigError: a shape that does not fit the model.
-          CheckpointError: `start_from` cannot be loaded, or is for another model.
+          CheckpointError: `start_from` cannot be loaded, or is for another width or vocabulary.
         """
         if self.start_from is not None:
             return load_heads(self.start_from, model.config, dtype=jnp.float32)
@@ -121,12 +121,7 @@ class HeadFit:
             judgement = evaluation_record(evaluate(heads, model.params, judged), tree)
             console.print(f"averaged with {self.start_from}, whose share is {share:g}")
         if self.start_from is not None:
-            began = next(entry for entry in log if "eval" in entry)["eval"]["tokens_per_round"]
-            if (ended := judgement["tokens_per_round"]) < began:
-                console.print(
-                    f"[yellow]On the held-out text these heads commit {ended:.4f} tokens a round, those of "
-                    f"{self.start_from} {began:.4f}: try a larger start_share, a lower learning rate, or more text.[/]"
-                )
+            warn_if_worse(console, log, judgement, self.start_from, "a larger start_share, ")
         record = {"trained_tokens": len(text.tokens), "held_out_tokens": len(held_out.tokens), **judgement}
         half = Heads(jax.tree.map(lambda p: p.astype(jnp.bfloat16), heads.params), heads.token_map, heads.config)
         metadata = {
@@ -144,6 +139,7 @@ class HeadFit:
             "environment": environment(),
             "record": record,
             "step": chosen["step"],
+            "heads": asdict(heads.config),
             "tree": {"name": tree.name, "nodes": tree.size, "paths": [list(path) for path in tree.rank_paths]},
             "data": {
                 "model": fingerprint(model.params),

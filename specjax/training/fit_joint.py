@@ -27,7 +27,7 @@ from specjax.training.joint import JointConfig
 from specjax.training.joint_trainer import Fitted, fit_joint
 from specjax.training.lora import LoraConfig, merge
 from specjax.training.mesh import HostsConfig, MeshConfig, first_alone
-from specjax.training.monitor import RunMonitor, evaluation_line, throughput
+from specjax.training.monitor import RunMonitor, evaluation_line, throughput, warn_if_worse
 from specjax.training.quality import selected, tree_for
 from specjax.training.trainer import check_reduced, frequent_tokens
 from specjax.tree import Tree
@@ -40,8 +40,8 @@ TEXT_MARK, EXPORT_MARK = "text.made", "export.made"  # tell the other hosts
 class FitJoint:
     """Fits Medusa heads to text of the target's own, on a mesh: Medusa-2, or without `training.lora` Medusa-1.
 
-    Several hosts run it with one `data.directory` and one output directory, which all of them see. The first one makes
-    the text and writes the log, events, curves, heads and backbone; all write checkpoints together.
+    Several hosts run it with one `data.directory`, model, `start_from` and output directory, which all of them see. The
+    first one makes the text and writes the log, events, curves, heads and backbone; all write checkpoints together.
 
     Attributes:
       reduced_vocab_size: the most frequent tokens of the training text; None for the whole vocabulary.
@@ -72,19 +72,20 @@ class FitJoint:
 
         Raises:
           As `prepared` and `fit_joint`; ConfigError for a shape that does not fit the model; CheckpointError where
-            `start_from` cannot be loaded, or is for another model.
+            `start_from` cannot be loaded, or is for another width or vocabulary.
         """
         self.hosts.join()
         mesh, first = self.mesh.build(), jax.process_index() == 0
         model = load_model(self.model, dtype=self.dtype)
         begun = None if self.start_from is None else load_heads(self.start_from, model.config, dtype=jnp.float32)
+        num_heads = self.num_heads if begun is None else begun.config.num_heads
+        tree = tree_for(None if self.tree is None else Tree.parse(self.tree), num_heads)
         read = functools.partial(prepared, model, self.data, console, features=False)
         # One process writes shards; a file of chats all read at once.
         made = read() if self.data.chats is not None else first_alone(read, output_dir / TEXT_MARK)
         text, held_out = made or read(make=False)
         multihost_utils.sync_global_devices("read")  # they begin to train together
         heads = self._from_lm_head(model, text) if begun is None else begun
-        tree = tree_for(None if self.tree is None else Tree.parse(self.tree), heads.config.num_heads)
         training = self.training
         fit = functools.partial(
             fit_joint, model.config, model.params, heads, text, held_out, training, output_dir, on=mesh, tree=tree
@@ -96,9 +97,13 @@ class FitJoint:
         else:
             fitted = fit()
         chosen = selected(fitted.log, training.select)
+        if first and self.start_from is not None:
+            warn_if_worse(console, fitted.log, chosen["eval"], self.start_from)
 
         def write() -> list[str]:
             metadata = {"target": self.model, "config": asdict(self)}
+            if fitted.lora is not None:
+                metadata["backbone"] = BACKBONE  # what they belong to: that target, changed
             export(output_dir, model, fitted, metadata | {k: chosen["eval"][k] for k in ("hits", "accuracy")})
             return save_training_figures(fitted.log, output_dir, tree.name or f"{tree.size} nodes")
 
@@ -117,6 +122,7 @@ class FitJoint:
             },
             "record": chosen["eval"],
             "step": chosen["step"],
+            "heads": asdict(heads.config),
             "tree": {"name": tree.name, "nodes": tree.size, "paths": [list(path) for path in tree.rank_paths]},
             "evaluations": [entry for entry in fitted.log if "eval" in entry],
             "throughput": throughput(fitted.log),

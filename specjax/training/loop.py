@@ -182,7 +182,7 @@ def _check_hosts(checkpoints: Path, settings: Mapping[str, Any] | None) -> None:
         others = np.flatnonzero((marks != marks[0]).any(1)).tolist()
         raise CheckpointError(
             f"processes {others} have other settings, text, heads or target than process 0; give all of them the same "
-            "arguments, and data.directory (or data.chats) and the model on a disk that all of them see."
+            "arguments, and data.directory (or data.chats), the model and start_from on a disk that all of them see."
         )
     if (begun != begun[0]).any():
         raise CheckpointError(

@@ -110,3 +110,21 @@ def _scalars(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
             yield from _scalars(part, f"{path}/{'rank' if 'head_' in path else 'head'}_{i}")
     elif isinstance(value, (int, float)):
         yield path, float(value)
+
+
+def warn_if_worse(
+    console: Console, log: Sequence[dict[str, Any]], judgement: dict[str, Any], start_from: str, remedy: str = ""
+) -> None:
+    """Says so where heads that went on from others commit fewer tokens a round than those did.
+
+    Args:
+      log: begins with the evaluation before the first step.
+      judgement: the evaluation of the heads that are exported.
+      remedy: a further one, to stand before the others.
+    """
+    began, ended = log[0]["eval"]["tokens_per_round"], judgement["tokens_per_round"]
+    if ended < began:
+        console.print(
+            f"[yellow]On the held-out text these heads commit {ended:.4f} tokens a round, those of {start_from} "
+            f"{began:.4f}: try {remedy}a lower learning rate, or more text.[/]"
+        )

@@ -219,6 +219,8 @@ def test_a_repositorys_token_map_comes_along(params, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     model, token_map = load_draft("someone/draft")
     assert model.config.name == "someone/draft"
+    assert hash(model.config) == hash(load_model(tmp_path / "hub").config)  # one compilation for all of a shape
+    assert model.config == load_model(tmp_path / "hub").config
     np.testing.assert_array_equal(token_map, np.arange(40)[::-1])
 
 

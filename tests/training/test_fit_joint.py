@@ -1,6 +1,7 @@
 """Medusa-2 end to end, as `specjax run` runs it, alone and as two processes; the README's commands for training."""
 
 import dataclasses
+import itertools
 import json
 import os
 import random
@@ -174,27 +175,63 @@ def test_kills_change_nothing(experiment, alone, tmp_path):
         assert weight.tobytes() == theirs[name].tobytes()
 
 
+STAGE_ONE = """
+import dataclasses, runpy
+
+def get_config():
+    config = runpy.run_path({!r})["get_config"]()
+    return dataclasses.replace(config, training=dataclasses.replace(config.training, lora=None))
+"""
+
+
 def test_going_on_from_heads(experiment, alone, tmp_path, capsys):
-    """The second of two stages: heads that exist, with their own number and vocabulary, and the backbone."""
-    out, result = alone
-    further = ["run", str(experiment), "--num-heads", "1", "--reduced-vocab-size", "16", "--training.epochs", "2"]
-    assert main([*further, "--output-dir", str(tmp_path / "out"), "--start-from", str(out / "heads.safetensors")]) == 0
-    again = json.loads((tmp_path / "out" / "result.json").read_text())
-    begun, fresh = (r["evaluations"][0]["eval"] for r in (again, result))
-    # Those heads have learned this text, though beside a backbone that moved along with them.
-    assert min(np.subtract(begun["accuracy"]["top1"], fresh["accuracy"]["top1"])) > 0.15
-    assert again["record"]["tokens_per_round"] > begun["tokens_per_round"] > fresh["tokens_per_round"] + 0.3
-    assert again["tree"]["nodes"] == 10
-    ours, theirs = (safetensors.numpy.load_file(path / "heads.safetensors") for path in (tmp_path / "out", out))
-    assert {name: weight.shape for name, weight in ours.items()} == {n: weight.shape for n, weight in theirs.items()}
-    np.testing.assert_array_equal(ours["token_map"], theirs["token_map"])
-    assert (ours["params.kernel_0"] != theirs["params.kernel_0"]).any()
-    assert (tmp_path / "out" / "backbone").is_dir()
+    """Two stages, each from heads that there are, whose number and vocabulary hold: Medusa-1, then Medusa-2."""
+    whole, result = alone
+    (tmp_path / "one.py").write_text(STAGE_ONE.format(str(experiment)))
+    other = ["--num-heads", "1", "--reduced-vocab-size", "16", "--training.epochs", "2"]
+
+    def stage(file, out, start):
+        assert main(["run", str(file), *other, "--output-dir", str(out), "--start-from", str(start)]) == 0
+        return json.loads((out / "result.json").read_text())
+
+    one = stage(tmp_path / "one.py", tmp_path / "one", whole / "heads.safetensors")
+    two = stage(experiment, tmp_path / "two", tmp_path / "one" / "heads.safetensors")
+    assert not (tmp_path / "one" / "backbone").exists()
+    assert (tmp_path / "two" / "backbone").is_dir()
+    fresh = result["evaluations"][0]["eval"]
+    for again in (one, two):
+        begun = again["evaluations"][0]["eval"]
+        assert min(np.subtract(begun["accuracy"]["top1"], fresh["accuracy"]["top1"])) > 0.15
+        assert begun["tokens_per_round"] > fresh["tokens_per_round"] + 0.3
+        assert (again["heads"]["num_heads"], again["heads"]["reduced_vocab_size"]) == (2, 128)
+        assert again["tree"]["nodes"] == 10
+    # Stage two begins where stage one ended, but for the bfloat16 of the file.
+    np.testing.assert_allclose(begun["accuracy"]["top1"], one["record"]["accuracy"]["top1"], atol=0.02)
+    files = [
+        safetensors.numpy.load_file(out / "heads.safetensors") for out in (whole, tmp_path / "one", tmp_path / "two")
+    ]
+    for ours, theirs in itertools.pairwise(files):
+        np.testing.assert_array_equal(ours["token_map"], theirs["token_map"])
+        assert (ours["params.kernel_0"] != theirs["params.kernel_0"]).any()
+    named = [heads_metadata(tmp_path / out / "heads.safetensors").get("backbone") for out in ("one", "two")]
+    assert named == [None, "backbone"]
+
+    run = ["run", str(experiment), *other]
+    (tmp_path / "two" / "result.json").unlink()  # a run that was stopped, gone on with as if from the LM head
     capsys.readouterr()
-    absent, text = ["--start-from", str(tmp_path / "none")], tmp_path / "text"
-    assert main([*further, "--output-dir", str(tmp_path / "no"), *absent, "--data.directory", str(text)]) == 2
+    assert main([*run, "--output-dir", str(tmp_path / "two")]) == 2
+    assert "heads" in capsys.readouterr().err
+    text = tmp_path / "text"
+    absent = ["--start-from", str(tmp_path / "none"), "--data.directory", str(text)]
+    assert main([*run, "--output-dir", str(tmp_path / "no"), *absent]) == 2
     assert "there are no heads" in capsys.readouterr().err
-    assert not text.exists()  # told before the text is made
+    deep = ["--start-from", str(whole / "heads.safetensors"), "--tree", "chain:3", "--data.directory", str(text)]
+    assert main([*run, "--output-dir", str(tmp_path / "no"), *deep]) == 2
+    assert "2 heads can fill a depth of 2" in capsys.readouterr().err.replace("\n", " ")
+    assert not text.exists()  # both told before the text is made
+    worse = ["--start-from", str(whole / "heads.safetensors"), "--training.learning-rate", "100"]
+    assert main([*run, "--output-dir", str(tmp_path / "worse"), *worse]) == 0
+    assert "try a lower learning rate, or more text" in " ".join(capsys.readouterr().out.split())
 
 
 def test_two_hosts_give_the_result_of_one(experiment, tmp_path):
