@@ -17,13 +17,20 @@ nothing else running, jax 0.10.2, torch 2.13), 5 alternating repeats, median (mi
 
 Our step takes chunks of positions whose logits stay in the cache, so that its speed hardly depends on the size;
 PyTorch's falls once a head's logits (32 MB at the first size) outgrow the machine's 32 MB of level-3 cache. The aim of
-1.2 is reached with the whole vocabulary or 4,096 positions, and missed with fewer (our heads were trained with 1,024).
-There the products bound both sides: a step has 85 GFLOP, which ours does at 185 GFLOP/s in float32 and 317 in bfloat16,
-and lone products of these shapes reach at best 200 and 370 here (PyTorch's 200 and 408).
+1.2 is reached with 4,096 positions, here with the whole vocabulary too, and missed with fewer (our heads were trained
+with 1,024). There the products bound both sides: a step has 85 GFLOP, which ours does at 185 GFLOP/s in float32 and 317
+in bfloat16, and lone products of these shapes reach at best 200 and 370 here (PyTorch's 200 and 408).
 
-Without AVX-512 (Zen 3, shared with other work), 1,024 positions, float32: 342 positions/s (303-415) against 235
-(209-282), ratio 1.47 (1.08-1.99) over 7 repeats; on one core, in CPU time, 1.29 in each of 3. Products in bfloat16 are
-emulated there: torch then takes tens of seconds a step, ours longer than in float32.
+Without AVX-512 (2 CPU cores, AMD EPYC Zen 3, nothing else running), float32, 5 repeats, 4 for the whole vocabulary:
+
+    1,024      8,192    float32    1142         1033       1.15 (0.82-1.21)
+    2,048      8,192    float32    1108         1029       1.06 (0.96-1.28)
+    4,096      8,192    float32    1315         880        1.47 (1.40-1.69)
+    1,024      49,152   float32    172          147        1.19 (1.15-1.21)
+
+That is 95, 93, 110 and 79 GFLOP/s; how much of the differences is the machine's unrest was not measured. Beside other
+work the ratio at the first size was 1.47 (1.08-1.99) over 7 repeats; on one core, in CPU time, 1.29 in each of 3.
+Products in bfloat16 are emulated there: torch then takes tens of seconds a step, ours longer than in float32.
 """
 
 from specjax.analysis.torch_step import TorchStep
