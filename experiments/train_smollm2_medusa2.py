@@ -30,10 +30,10 @@ of the tree of 22 nodes, divergence of the backbone from the frozen target in na
     step 45                        0.405 0.219 0.155 0.131   1.734   0.0007
     step 71                        0.404 0.220 0.163 0.124   1.736   0.0008
 
-So little text takes more from the heads than it gives them. Decoding 16 of the shipped prompts (64 greedy tokens, a
-tree of 8 nodes, by a script that was not kept), the exported backbone commits 1.617 tokens a round with its own heads
-and 1.620 with those that ship, the frozen target 1.575 and 1.594; 9 of the backbone's 16 answers are the frozen
-target's. What there is to gain came from the backbone, then; on 16 prompts it may be chance.
+The heads lose a little; whether by so little text or by their learning rate was not measured. Decoding 16 of the
+shipped prompts (64 greedy tokens, a tree of 8 nodes, by a script that was not kept), the exported backbone commits
+1.617 tokens a round with its own heads and 1.620 with those that ship, the frozen target with the same 1.575 and
+1.594; 9 of the backbone's 16 answers are the frozen target's. On 16 prompts that may be chance.
 
 A first look from the LM head (the same kind of machine, beside other work: seed prompts, 96 answers of up to 96
 tokens, 2,048 draft tokens, steps of 2 x 256 tokens, stopped after 30 of them): from step 0 to 30 the heads' held-out

@@ -37,7 +37,7 @@ def share_cpus():
     """Keeps every worker on CPUs of its own, before XLA counts them.
 
     Each would otherwise start as many threads as there are CPUs. Two batches of SmolLM2 side by side take 31 to 33 s,
-    34 to 39 without (2 cores of a Zen 3), and a part of the other tests 221 s, 235 without.
+    34 to 39 without, and a part of the other tests 221 s, 235 without (2 cores of a Zen 3; the latter one run each).
     """
     worker, count = os.environ.get("PYTEST_XDIST_WORKER", ""), os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")
     if worker.startswith("gw") and hasattr(os, "sched_setaffinity"):

@@ -220,7 +220,9 @@ def test_going_on_from_heads(experiment, alone, tmp_path, capsys):
     (tmp_path / "two" / "result.json").unlink()  # a run that was stopped, gone on with as if from the LM head
     capsys.readouterr()
     assert main([*run, "--output-dir", str(tmp_path / "two")]) == 2
-    assert "heads" in capsys.readouterr().err
+    refused = capsys.readouterr().err
+    assert "begun with" in refused
+    assert "heads" in refused
     text = tmp_path / "text"
     absent = ["--start-from", str(tmp_path / "none"), "--data.directory", str(text)]
     assert main([*run, "--output-dir", str(tmp_path / "no"), *absent]) == 2
