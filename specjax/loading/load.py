@@ -66,26 +66,7 @@ def load_model(source: str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32
         ill-fitting tensors are listed at once.
       ConfigError: an architecture, a feature or a `dtype` that the decoder does not compute.
     """
-    try:
-        wanted = jnp.dtype(dtype)
-    except TypeError as error:
-        raise ConfigError(f"dtype is {dtype!r}; parameters can be float32 or bfloat16.") from error
-    if wanted not in (jnp.float32, jnp.bfloat16):
-        raise ConfigError(f"dtype is {wanted.name}; parameters can be float32 or bfloat16.")
-    path = _located(source)
-    if path.is_file():
-        params, config, metadata = load_gguf(path, dtype)
-        tokenizer = Tokenizer.from_gguf(metadata, config.eos_token_ids)
-    else:
-        params, config = load_hf(path, dtype)
-        tokenizer = Tokenizer.from_hf(path, config.eos_token_ids)
-    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
-        raise CheckpointError(
-            f"the tokenizer of {source} has {tokenizer.vocab_size} tokens, the model embeds {config.vocab_size}; "
-            "the files belong to different models."
-        )
-    # As the caller named it, not as a file calls itself ("Smollm2 135M 8k Lc100K Mix1 Ep2", say).
-    return Model(params, replace(config, name=os.fspath(source)), tokenizer)
+    return _load(source, dtype)[0]
 
 
 def packaged() -> list[str]:
@@ -106,9 +87,8 @@ def load_draft(
     Raises:
       CheckpointError: additionally to `load_model`'s, a token map that is damaged or of another length.
     """
-    path = _located(source)
-    model, file = load_model(path, dtype=dtype), path / _TOKEN_MAP
-    model = replace(model, config=replace(model.config, name=os.fspath(source)))
+    model, path = _load(source, dtype)
+    file = path / _TOKEN_MAP
     if not file.is_file():
         return model, None
     try:
@@ -144,6 +124,30 @@ def _located(source: str | os.PathLike[str]) -> Path:
     # A directory or a .gguf file on this machine; a repository is downloaded.
     path = local_path(source)
     return path if path.is_dir() or (path.suffix == ".gguf" and path.is_file()) else _downloaded(str(source))
+
+
+def _load(source: str | os.PathLike[str], dtype: DTypeLike) -> tuple[Model, Path]:
+    # The model, and where its files are.
+    try:
+        wanted = jnp.dtype(dtype)
+    except TypeError as error:
+        raise ConfigError(f"dtype is {dtype!r}; parameters can be float32 or bfloat16.") from error
+    if wanted not in (jnp.float32, jnp.bfloat16):
+        raise ConfigError(f"dtype is {wanted.name}; parameters can be float32 or bfloat16.")
+    path = _located(source)
+    if path.is_file():
+        params, config, metadata = load_gguf(path, dtype)
+        tokenizer = Tokenizer.from_gguf(metadata, config.eos_token_ids)
+    else:
+        params, config = load_hf(path, dtype)
+        tokenizer = Tokenizer.from_hf(path, config.eos_token_ids)
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer of {source} has {tokenizer.vocab_size} tokens, the model embeds {config.vocab_size}; "
+            "the files belong to different models."
+        )
+    # As the caller named it, not as a file calls itself ("Smollm2 135M 8k Lc100K Mix1 Ep2", say).
+    return Model(params, replace(config, name=os.fspath(source)), tokenizer), path
 
 
 def _packaged(name: str) -> Path:
