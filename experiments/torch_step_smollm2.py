@@ -28,8 +28,15 @@ Without AVX-512 (2 CPU cores, AMD EPYC Zen 3, nothing else running), float32, 5 
     4,096      8,192    float32    1315         880        1.47 (1.40-1.69)
     1,024      49,152   float32    172          147        1.19 (1.15-1.21)
 
-That is 95, 93, 110 and 79 GFLOP/s; how much of the differences is the machine's unrest was not measured. Beside other
-work the ratio at the first size was 1.47 (1.08-1.99) over 7 repeats; on one core, in CPU time, 1.29 in each of 3.
+On another day, on such a machine with nothing else running, 15 repeats (`--dtypes float32 --repeats 15`):
+
+    1,024      8,192    float32    1197         1093       1.12 (0.83-1.27)
+    2,048      8,192    float32    1281         958        1.32 (1.11-1.54)
+
+So at 2,048, the trainer's default, the aim is reached in one of these two runs. Ours goes at 79 to 110 GFLOP/s; a step
+with nothing but its products, no softmax, is no faster (1,291 positions a second beside 1,281, 9 alternating repeats
+with 1,024; script not kept), nor are chunks of another size or a transposed projection: the products bound it. Beside
+other work the ratio with 1,024 was 1.47 (1.08-1.99) over 7 repeats; on one core, in CPU time, 1.29 in each of 3.
 Products in bfloat16 are emulated there: torch then takes tens of seconds a step, ours longer than in float32.
 """
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from specjax.errors import ConfigError
 from specjax.proposal import NO_DRAFT, Proposal, Verdict
-from specjax.sampling import check, warp
+from specjax.sampling import check, check_temperature, cooled, warp
 from specjax.tree import Tree
 
 
@@ -156,10 +156,7 @@ class Typical:
     lossless: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ConfigError(
-                f"temperature is {self.temperature}; typical acceptance needs a positive one (or use Greedy)."
-            )
+        check_temperature(self.temperature)
         if not (0 <= self.epsilon <= 1 and self.delta >= 0):
             raise ConfigError(f"epsilon {self.epsilon}, delta {self.delta}; expected 0 <= epsilon <= 1 and delta >= 0.")
         if self.rule not in ("paper", "abyo") or self.bonus not in ("greedy", "sample"):
@@ -174,7 +171,7 @@ class Typical:
 
     def __call__(self, logits: Float[Array, "M V"], proposal: Proposal, tree: Tree, key: jax.Array) -> Verdict:
         tokens = proposal.tokens
-        log_p = jax.nn.log_softmax(logits / self.temperature, axis=-1)
+        log_p = jax.nn.log_softmax(cooled(logits, self.temperature), axis=-1)
         p = jnp.exp(log_p)
         bar = self.delta * jnp.exp(jnp.sum(p * jnp.log(p + 1e-5), axis=-1))
         parents = _parents(tree)
@@ -189,7 +186,7 @@ class Typical:
         score = jnp.sum(jnp.where(ancestors, drafted.at[0].set(0.0), 0.0), axis=1)
         node = jnp.argmax(jnp.where(longest, score, -jnp.inf)).astype(jnp.int32)
         if self.bonus == "sample":
-            next_token = jax.random.categorical(key, logits[node] / self.temperature).astype(jnp.int32)
+            next_token = jax.random.categorical(key, cooled(logits[node], self.temperature)).astype(jnp.int32)
         else:
             next_token = top_token(logits[node])
         return Verdict(node, depths[node], next_token)

@@ -122,8 +122,8 @@ def compare(
 
     Raises:
       DataError: no requests, or a generation without a single round (EOS at once) for all of them.
-      ConfigError: a dtype or temperature without its baseline, or a budget under 2 (the first token comes from the
-        prefill).
+      ConfigError: a dtype or temperature without its baseline, a budget under 2 (the first token comes from the
+        prefill), or no repeats.
     """
     if not requests:
         raise DataError("there are no prompts; pass at least one.")
@@ -131,6 +131,8 @@ def compare(
         raise ConfigError(
             f"max_new_tokens is {max_new_tokens}; timing needs at least 2, the first comes from the prefill."
         )
+    if repeats < 1:
+        raise ConfigError(f"repeats is {repeats}; expected at least 1.")
     baselines = {c.kind: i for i, c in enumerate(contenders) if c.autoregressive}
     for contender in contenders:
         if contender.kind not in baselines:

@@ -4,7 +4,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from rich.console import Console
-from rich.text import Text
+from rich.segment import Segment, Segments
+from rich.style import Style
 
 from specjax.decode import Round
 from specjax.loading.tokenizer import Tokenizer
@@ -64,12 +65,17 @@ def show(
             (stream.push(item.tokens[item.accepted :]), OWN),
         ):
             shown.text += piece
-            console.print(Text(piece, style if colour else ""), end="", soft_wrap=True)
+            _print(console, piece, style if colour else "")
         if stream.stopped:
             break
     rest = stream.finish()
     shown.text += rest
-    console.print(Text(rest), soft_wrap=True)
+    _print(console, rest + "\n", "")
+
+
+def _print(console: Console, text: str, style: str) -> None:
+    # A segment as it is: rich's own texts would lose tabs and carriage returns, of which a Makefile or a table is made.
+    console.print(Segments([Segment(text, Style.parse(style))]), end="", soft_wrap=True)
 
 
 def read_lines(console: Console) -> Iterator[str]:

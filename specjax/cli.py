@@ -130,8 +130,11 @@ def _prepare(options: argparse.Namespace) -> tuple["Model", dict[str, Any]]:
         acceptance = sj.Greedy()
     else:
         acceptance = sj.Sample(options.temperature, options.top_k, options.top_p)
+    # Before the model is loaded:
     for tree in options.tree.split("+") if options.tree else ():
-        sj.Tree.parse(tree)  # before the model is loaded
+        sj.Tree.parse(tree)
+    if not 0 <= options.seed < 2**63:
+        raise sj.ConfigError(f"--seed is {options.seed}; expected 0 or more, below 2^63.")
     model = sj.load_model(options.model, dtype=options.dtype)
     if model.tokenizer is None:
         raise sj.CheckpointError(f"{options.model} has no tokenizer; text needs one beside the weights.")
@@ -229,14 +232,18 @@ def _chat(options: argparse.Namespace, rest: list[str]) -> int:
 
 def _convert(options: argparse.Namespace, rest: list[str]) -> int:
     import specjax as sj
+    from specjax.fingerprint import fingerprint
     from specjax.loading.export import export_heads
-    from specjax.loading.heads import heads_metadata
+    from specjax.loading.heads import BACKBONE, heads_metadata
 
-    model = sj.load_model(options.model)
-    heads = sj.load_heads(options.heads, model.config, dtype=options.dtype)
-    dtype = next(iter(heads.params.values())).dtype
-    if model.params.dtype != dtype:  # a stored copy of the LM head, or the base, has the heads' dtype
-        model = sj.load_model(options.model, dtype=dtype)
+    model = sj.load_model(options.model)  # float32 holds whatever the files do
+    heads, metadata = sj.load_heads(options.heads, model.config, dtype=options.dtype), heads_metadata(options.heads)
+    backbone = metadata.get("backbone")
+    if backbone is not None and backbone != fingerprint(model.params):
+        raise sj.ConfigError(
+            f"the heads at {options.heads!r} were fitted together with a backbone (Medusa-2), and --model "
+            f"{options.model!r} is another; name the folder {BACKBONE!r} that was written beside them."
+        )
     file = export_heads(
         options.output_dir,
         heads,
@@ -245,7 +252,7 @@ def _convert(options: argparse.Namespace, rest: list[str]) -> int:
         base_model=options.base_model or options.model,
         copy_lm_head=options.copy_lm_head,
         whole_vocabulary=options.whole_vocabulary,
-        metadata=heads_metadata(options.heads),
+        metadata=metadata,
     )
     print(f"wrote {file}")
     return 0

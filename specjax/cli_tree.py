@@ -115,6 +115,8 @@ def _measure(options: argparse.Namespace, rest: list[str]) -> int:
     from specjax.prompts import load_prompts
 
     check_path(options.save)
+    if options.max_new_tokens < 2:
+        raise sj.ConfigError(f"--max-new-tokens is {options.max_new_tokens}; a text to measure needs at least 2.")
     check_measure(options.cap, options.typical_temperature)  # before the prompts are answered, which takes minutes
     options.save.parent.mkdir(parents=True, exist_ok=True)
     prompts = load_prompts(options.prompts)

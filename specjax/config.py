@@ -4,13 +4,14 @@ Sources: Hugging Face `config.json` (`from_hf`), GGUF metadata (`from_gguf`), an
 A feature that would change results is honoured or refused here; nothing is ignored.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from specjax.errors import ConfigError
+from specjax.errors import ConfigError, is_whole
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,29 @@ class RopeScaling:
     high_freq_factor: float = 4.0
     original_max_positions: int = 8192
     divisors: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("linear", "llama3", "divisors"):
+            raise ConfigError(f"the RoPE scaling is {self.kind!r}; expected 'linear', 'llama3' or 'divisors'.")
+        if not _is_positive(self.factor):
+            raise ConfigError(f"the RoPE scaling factor is {self.factor!r}; expected a finite number above 0.")
+        if self.kind == "divisors" and not all(map(_is_positive, self.divisors)):
+            wrong = [divisor for divisor in self.divisors if not _is_positive(divisor)]
+            raise ConfigError(f"the RoPE divisors contain {wrong[0]!r}; expected finite numbers above 0.")
+        if self.kind == "llama3":
+            low, high, length = self.low_freq_factor, self.high_freq_factor, self.original_max_positions
+            if not (_is_positive(low) and _is_positive(high) and low < high):
+                raise ConfigError(
+                    f"low_freq_factor is {low!r} and high_freq_factor {high!r}; llama3 RoPE scaling interpolates "
+                    "between them, so they must be finite, above 0, and the low one below the high one."
+                )
+            if not (is_whole(length) and length >= 1):
+                raise ConfigError(f"original_max_positions is {length!r}; expected a positive integer.")
+
+
+def _is_positive(value: Any) -> bool:
+    number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    return number and bool(0 < value < math.inf)  # NaN is not
 
 
 @dataclass(frozen=True)
@@ -74,9 +98,10 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ConfigError(f"head_dim is {self.head_dim}; rotary embeddings need an even one.")
-        if not (self.rope_theta > 0 and self.rms_norm_eps >= 0):
+        if not _is_positive(self.rope_theta) or not (self.rms_norm_eps == 0 or _is_positive(self.rms_norm_eps)):
             raise ConfigError(
-                f"rope_theta is {self.rope_theta} and rms_norm_eps {self.rms_norm_eps}; expected > 0 and >= 0."
+                f"rope_theta is {self.rope_theta!r} and rms_norm_eps {self.rms_norm_eps!r}; expected finite numbers, "
+                "> 0 and >= 0."
             )
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ConfigError(
@@ -140,62 +165,57 @@ class ModelConfig:
           rope_divisors: the tensor `rope_freqs.weight` [H/2] where the file has one (Llama 3.1 and later).
 
         Raises:
-          ConfigError: an architecture other than `llama` or `qwen2`, a missing key, or unsupported RoPE scaling.
+          ConfigError: an architecture other than `llama` or `qwen2`, a missing key, a value that is no number where one
+            belongs, or unsupported RoPE scaling.
         """
         arch = metadata.get("general.architecture")
         if arch not in ("llama", "qwen2"):
             raise ConfigError(f"general.architecture is {arch!r}; GGUF files of 'llama' and 'qwen2' can be loaded.")
 
-        def get(key: str, default: Any = None) -> Any:
-            value = metadata.get(f"{arch}.{key}", default)
-            if value is None:
-                raise ConfigError(f"the GGUF metadata lacks {arch}.{key}; the file is incomplete or of another format.")
-            return value
+        def number(key: str, kind: type[_N], default: _N | None = None) -> _N:
+            return _number(metadata, f"{arch}.{key}", kind, default)
 
-        if int(get("expert_count", 0)):
+        if experts := number("expert_count", int, 0):
+            raise ConfigError(f"{arch}.expert_count is {experts}; mixture-of-experts layers are not supported.")
+        heads, width = number("attention.head_count", int), number("embedding_length", int)
+        if heads < 1:
+            raise ConfigError(f"{arch}.attention.head_count is {heads}; expected a positive number.")
+        head_dim = number("attention.key_length", int, width // heads)
+        rotated = number("rope.dimension_count", int, head_dim)
+        if rotated != head_dim:
             raise ConfigError(
-                f"{arch}.expert_count is {get('expert_count')}; mixture-of-experts layers are not supported."
+                f"{arch}.rope.dimension_count is {rotated}, head_dim {head_dim}; partial rotary embeddings are not "
+                "supported."
             )
-        heads, width = int(get("attention.head_count")), int(get("embedding_length"))
-        head_dim = int(get("attention.key_length", width // heads))
-        if int(get("rope.dimension_count", head_dim)) != head_dim:
-            raise ConfigError(
-                f"rope.dimension_count is {get('rope.dimension_count')}, head_dim {head_dim}; partial rotary "
-                "embeddings are not supported."
-            )
-        scaling_kind = get("rope.scaling.type", "none")
-        if scaling_kind not in ("none", "linear"):
-            raise ConfigError(
-                f"rope.scaling.type is {scaling_kind!r}; GGUF files with 'none' or 'linear' can be loaded."
-            )
-        scaling = RopeScaling("linear", float(get("rope.scaling.factor"))) if scaling_kind == "linear" else None
+        scaling = _gguf_scaling(metadata, arch)
         if rope_divisors is not None:
             if len(rope_divisors) != head_dim // 2 or scaling is not None:
+                beside = "no linear scaling" if scaling is None else f"linear scaling by {scaling.factor}"
                 raise ConfigError(
-                    f"rope_freqs.weight has {len(rope_divisors)} entries beside rope.scaling.type "
-                    f"{scaling_kind!r}; expected {head_dim // 2} and 'none'."
+                    f"rope_freqs.weight has {len(rope_divisors)} entries beside {beside}; expected {head_dim // 2} "
+                    "and no linear scaling."
                 )
             scaling = RopeScaling("divisors", divisors=tuple(float(d) for d in rope_divisors))
-        window = metadata.get(f"{arch}.attention.sliding_window")
+        bos = "tokenizer.ggml.bos_token_id"
         eos = [metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot")]
         vocab = metadata.get("tokenizer.ggml.tokens")
         return cls(
             family="qwen2" if arch == "qwen2" else "llama",
-            vocab_size=int(get("vocab_size", len(vocab) if vocab is not None else None)),
+            vocab_size=number("vocab_size", int, len(vocab) if isinstance(vocab, Sequence) else None),
             hidden_size=width,
-            intermediate_size=int(get("feed_forward_length")),
-            num_layers=int(get("block_count")),
+            intermediate_size=number("feed_forward_length", int),
+            num_layers=number("block_count", int),
             num_heads=heads,
-            num_kv_heads=int(get("attention.head_count_kv", heads)),
+            num_kv_heads=number("attention.head_count_kv", int, heads),
             head_dim=head_dim,
-            rope_theta=float(get("rope.freq_base", 10_000.0)),
+            rope_theta=number("rope.freq_base", float, 10_000.0),
             rope_scaling=scaling,
-            rms_norm_eps=float(get("attention.layer_norm_rms_epsilon")),
+            rms_norm_eps=number("attention.layer_norm_rms_epsilon", float),
             qkv_bias=arch == "qwen2",
             tie_word_embeddings=tied,
-            max_positions=int(get("context_length")),
-            sliding_window=int(window) if window else None,
-            bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
+            max_positions=number("context_length", int),
+            sliding_window=number("attention.sliding_window", int, 0) or None,
+            bos_token_id=None if metadata.get(bos) is None else _number(metadata, bos, int),
             eos_token_ids=_as_ids([token for token in eos if token is not None]),
             name=str(metadata.get("general.name", arch)),
         )
@@ -281,18 +301,50 @@ def _rope_scaling(config: Mapping[str, Any]) -> RopeScaling | None:
     raise ConfigError(f"rope_type is {kind!r}; supported are 'default', 'linear' and 'llama3'.")
 
 
-def _sliding_window(config: Mapping[str, Any]) -> int | None:
-    window, layers = config.get("sliding_window"), config["num_hidden_layers"]
-    if window is None or not config.get("use_sliding_window", config["model_type"] == "mistral"):
+def _gguf_scaling(metadata: Mapping[str, Any], arch: str) -> RopeScaling | None:
+    """Linear scaling as llama.cpp reads it: the type when none is given, an older key for the factor, 0 for none."""
+    kind = metadata.get(f"{arch}.rope.scaling.type")
+    if kind not in (None, "none", "linear"):
+        raise ConfigError(f"{arch}.rope.scaling.type is {kind!r}; GGUF files with 'none' or 'linear' can be loaded.")
+    if kind == "none":
         return None
-    full = _number(config, "max_window_layers", int, 28)  # 28: transformers' default
-    if config["model_type"] == "qwen2" and full > 0:
-        if full >= layers:
-            return None  # the first `max_window_layers` layers attend to everything
-        raise ConfigError(
-            f"max_window_layers is {full} of {layers}; sliding windows in only some layers are not supported."
-        )
-    return _number(config, "sliding_window", int)
+    keys = (f"{arch}.rope.scaling.factor", f"{arch}.rope.scale_linear")
+    key = next((key for key in keys if metadata.get(key) is not None), keys[0])
+    factor = _number(metadata, key, float, 1.0 if kind is None else None)
+    return None if factor in (0, 1) else RopeScaling("linear", factor)
+
+
+def _sliding_window(config: Mapping[str, Any]) -> int | None:
+    """The window as transformers has it: Llama never has one, Mistral always, Qwen2 where `use_sliding_window` says so.
+
+    `layer_types` decides which of Qwen2's layers use it, before `max_window_layers`; the others do not read it.
+    """
+    kind, layers, types = config["model_type"], _number(config, "num_hidden_layers", int), config.get("layer_types")
+    asked, given = bool(config.get("use_sliding_window")), config.get("sliding_window", 4096)  # transformers' default
+    says = f"sliding_window={given!r} and use_sliding_window={config.get('use_sliding_window')!r}"
+    if kind == "llama" and asked and given is not None:
+        raise ConfigError(f"config.json has {says}; a llama model has no windows. Is its model_type 'mistral'?")
+    used = given is not None and (kind == "mistral" or (kind == "qwen2" and asked))
+    if types is not None:
+        if types not in (["full_attention"] * layers, ["sliding_attention"] * layers):
+            raise ConfigError(
+                f"layer_types is {types!r}; expected {layers} times 'full_attention' or {layers} times "
+                "'sliding_attention'. Sliding windows in only some layers are not supported."
+            )
+        sliding = "sliding_attention" in types
+        if (sliding and not used) or (kind == "mistral" and used and not sliding):
+            raise ConfigError(
+                f"layer_types is {types!r}, which contradicts {says} in a {kind} model; correct the one that is wrong."
+            )
+        used = sliding
+    elif used and kind == "qwen2":
+        full = _number(config, "max_window_layers", int, 28)  # 28: transformers' default
+        if 0 < full < layers:
+            raise ConfigError(
+                f"max_window_layers is {full} of {layers}; sliding windows in only some layers are not supported."
+            )
+        used = full <= 0  # the first `max_window_layers` layers attend to everything
+    return _number(config, "sliding_window", int, 4096) if used else None
 
 
 def _as_ids(value: Any) -> tuple[int, ...]:
@@ -310,23 +362,9 @@ def _llama(name: str, vocab: int, d: int, f: int, layers: int, n: int, k: int, *
 
 def _qwen2(name: str, vocab: int, d: int, f: int, layers: int, n: int, k: int, **more: Any) -> ModelConfig:
     return ModelConfig(
-        "qwen2",
-        vocab,
-        d,
-        f,
-        layers,
-        n,
-        k,
-        d // n,
-        rope_theta=1e6,
-        rms_norm_eps=1e-6,
-        qkv_bias=True,
-        max_positions=32_768,
-        bos_token_id=151_643,
-        eos_token_ids=(151_645, 151_643),
-        name=name,
-        **more,
-    )
+        "qwen2", vocab, d, f, layers, n, k, d // n, rope_theta=1e6, rms_norm_eps=1e-6, qkv_bias=True,
+        max_positions=32_768, bos_token_id=151_643, eos_token_ids=(151_645, 151_643), name=name, **more,
+    )  # fmt: skip
 
 
 _LLAMA31_ROPE = RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
@@ -335,50 +373,20 @@ PRESETS: dict[str, ModelConfig] = {
     c.name: c
     for c in (
         _llama(
-            "smollm2-135m",
-            49_152,
-            576,
-            1536,
-            30,
-            9,
-            3,
-            rope_theta=1e5,
-            rms_norm_eps=1e-5,
-            tie_word_embeddings=True,
-            max_positions=8192,
-            bos_token_id=1,
+            "smollm2-135m", 49_152, 576, 1536, 30, 9, 3, rope_theta=1e5, rms_norm_eps=1e-5, tie_word_embeddings=True,
+            max_positions=8192, bos_token_id=1, eos_token_ids=(2,),
+        ),
+        _llama(
+            "vicuna-7b", 32_000, 4096, 11_008, 32, 32, 32, rms_norm_eps=1e-5, max_positions=4096, bos_token_id=1,
             eos_token_ids=(2,),
         ),
         _llama(
-            "vicuna-7b",
-            32_000,
-            4096,
-            11_008,
-            32,
-            32,
-            32,
-            rms_norm_eps=1e-5,
-            max_positions=4096,
-            bos_token_id=1,
-            eos_token_ids=(2,),
-        ),
-        _llama(
-            "llama-3.1-8b",
-            128_256,
-            4096,
-            14_336,
-            32,
-            32,
-            8,
-            rope_theta=5e5,
-            rms_norm_eps=1e-5,
-            rope_scaling=_LLAMA31_ROPE,
-            max_positions=131_072,
-            bos_token_id=128_000,
+            "llama-3.1-8b", 128_256, 4096, 14_336, 32, 32, 8, rope_theta=5e5, rms_norm_eps=1e-5,
+            rope_scaling=_LLAMA31_ROPE, max_positions=131_072, bos_token_id=128_000,
             eos_token_ids=(128_001, 128_008, 128_009),
         ),
         _qwen2("qwen2.5-0.5b", 151_936, 896, 4864, 24, 14, 2, tie_word_embeddings=True),
         _qwen2("qwen2.5-1.5b", 151_936, 1536, 8960, 28, 12, 2, tie_word_embeddings=True),
         _qwen2("qwen2.5-7b", 152_064, 3584, 18_944, 28, 28, 4),
     )
-}
+}  # fmt: skip

@@ -21,7 +21,7 @@ from specjax.acceptance import Acceptance, Greedy
 from specjax.cache import KVCache
 from specjax.config import ModelConfig
 from specjax.drafters.base import Drafter, NoDrafter
-from specjax.errors import ConfigError, PromptError, check_implements, is_whole
+from specjax.errors import ConfigError, PromptError, check_implements, check_is, is_whole
 from specjax.loading.load import Model
 from specjax.loop import State, batch_loop, begin, loop, round_, start
 from specjax.model import PREFILL_CHUNK, read
@@ -302,6 +302,7 @@ def _check(
     eos_token_ids: Sequence[int] | None,
     capacity: int | None,
 ) -> _Request:
+    check_is(model, Model, "the model", "load_model(SOURCE) gives one, load_draft(SOURCE) one and its token_map.")
     drafter, acceptance = _check_rules(drafter, acceptance)
     checked = [_check_prompt(prompt, model.config) for prompt in prompts]
     if not is_whole(max_new_tokens) or max_new_tokens < 0:
@@ -332,7 +333,10 @@ def _check_rules(drafter: Drafter | None, acceptance: Acceptance | None) -> tupl
 
 
 def _check_prompt(prompt_ids: Sequence[int] | np.ndarray, config: ModelConfig) -> np.ndarray:
-    prompt = np.asarray(prompt_ids)
+    try:
+        prompt = np.asarray(prompt_ids)
+    except ValueError as error:  # lists of different lengths inside
+        raise PromptError(f"the prompt is no flat sequence of token ids ({error}); pass one prompt's ids.") from error
     if prompt.ndim != 1 or prompt.size == 0:
         raise PromptError(f"the prompt has shape {prompt.shape}; expected a flat sequence of at least one token id.")
     if not np.issubdtype(prompt.dtype, np.integer):

@@ -36,6 +36,17 @@ def is_whole(value: Any) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
+def check_is(value: Any, kind: type, what: str, remedy: str) -> None:
+    """Checks an argument's type, where a wrong one would fail somewhere inside.
+
+    Raises:
+      ConfigError: a value of another type; the message says `what` it is and gives the `remedy`.
+    """
+    if not isinstance(value, kind):
+        given = repr(value) if value is None or isinstance(value, str | int | float) else f"a {type(value).__name__}"
+        raise ConfigError(f"{what} is {given}, not a {kind.__name__}; {remedy}")
+
+
 def check_implements(value: Any, protocol: type, examples: str) -> None:
     """Checks that an object, a user's own perhaps, has what the loop is going to call.
 

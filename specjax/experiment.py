@@ -66,6 +66,13 @@ class Decoding:
     repeats: int = 1
     seed: int = 0  # where tokens are sampled
 
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 2 or self.repeats < 1:
+            raise ConfigError(
+                f"max_new_tokens is {self.max_new_tokens} and repeats {self.repeats}; timing needs at least 2 (the "
+                "first token comes from the prefill) and 1."
+            )
+
 
 @dataclass(frozen=True)
 class Method:

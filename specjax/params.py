@@ -18,6 +18,16 @@ from specjax.config import ModelConfig
 from specjax.errors import ConfigError
 
 
+def check_dtype(dtype: DTypeLike) -> None:
+    """Raises ConfigError for one that parameters cannot have."""
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError as error:
+        raise ConfigError(f"dtype is {dtype!r}; parameters can be float32 or bfloat16.") from error
+    if name not in ("float32", "bfloat16"):
+        raise ConfigError(f"dtype is {name}; parameters can be float32 or bfloat16.")
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Layer:

@@ -1,6 +1,7 @@
 """Logit warpers: temperature, top-k and top-p (nucleus), in that order, as every decoding library applies them."""
 
 import math
+import numbers
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +13,26 @@ from specjax.errors import ConfigError
 
 def check(temperature: float, top_k: int | None, top_p: float) -> None:
     """Raises ConfigError when a parameter is outside its range."""
-    if not 0 < temperature < math.inf:
-        raise ConfigError(f"temperature is {temperature}; sampling needs a positive, finite one (for 0 use Greedy).")
+    check_temperature(temperature)
     if top_k is not None and (not isinstance(top_k, int | np.integer) or isinstance(top_k, bool) or top_k < 1):
         raise ConfigError(
             f"top_k is {top_k!r}; expected a whole number of at least 1, or None for the whole vocabulary."
         )
-    if not 0 < top_p <= 1:
-        raise ConfigError(f"top_p is {top_p}; expected 0 < top_p <= 1.")
+    if not isinstance(top_p, numbers.Real) or not 0 < top_p <= 1:
+        raise ConfigError(f"top_p is {top_p!r}; expected 0 < top_p <= 1.")
+
+
+def check_temperature(temperature: float) -> None:
+    """Raises ConfigError for one that is not a positive, finite number, or that float32 does not hold."""
+    if not isinstance(temperature, numbers.Real) or not np.finfo(np.float32).tiny <= temperature < math.inf:
+        raise ConfigError(
+            f"temperature is {temperature!r}; sampling needs a positive, finite one (for 0, or nearly, use Greedy)."
+        )
+
+
+def cooled(logits: Float[Array, "*T V"], temperature: float) -> Float[Array, "*T V"]:
+    """Logits over temperature, the largest shifted to 0: a tiny temperature makes none of them infinite."""
+    return (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature
 
 
 def warp(
@@ -30,7 +43,7 @@ def warp(
     Top-k keeps exactly k tokens (ties to the lowest id). Top-p keeps the smallest set of most probable tokens whose
     mass reaches `top_p`, always at least one.
     """
-    logits = logits / temperature
+    logits = cooled(logits, temperature)
     if top_k is not None and top_k < logits.shape[-1]:
         values, ids = jax.lax.top_k(logits, top_k)
         return _scatter(jnp.full_like(logits, -jnp.inf), ids, _nucleus(values, top_p))

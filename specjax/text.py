@@ -22,10 +22,12 @@ class TextStream:
         print(text.finish())
 
     Raises:
-      PromptError: an empty stop string.
+      PromptError: an empty stop string, or one string in place of a sequence of them.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        if isinstance(stop, str) or not all(isinstance(one, str) for one in stop):
+            raise PromptError(f"stop is {stop!r}; expected a sequence of strings, such as ['\\n\\n'].")
         if "" in stop:
             raise PromptError("a stop string is empty; remove it.")
         self._tokenizer = tokenizer

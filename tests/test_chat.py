@@ -71,6 +71,9 @@ def test_what_only_begins_a_stop_string_is_shown_at_the_end(bytewise):
     assert stream.finish() == "<e"
     with pytest.raises(sj.PromptError, match="stop string"):
         TextStream(bytewise, [""])
+    for wrong in ("<end>", [3]):
+        with pytest.raises(sj.PromptError, match="sequence of strings"):
+            TextStream(bytewise, wrong)
 
 
 @pytest.mark.parametrize("kind", ["medusa", "ngram", "draft", "hybrid"])
@@ -116,6 +119,14 @@ def test_accepted_drafts_are_green(bytewise):
     assert shown.text == "abcdef"
     assert str(shown.tally) == "6 tokens, 2 rounds after the prefill: 2.50 tokens per round (1.50 of them drafts)"
     assert "\x1b[32m" not in printed(rounds, bytewise, Shown(), colour=False)
+
+
+@pytest.mark.parametrize("colour", [False, True])
+def test_the_text_is_printed_as_it_is(bytewise, colour):
+    text = "all:\n\tcc a.c\r\n\t\tx [bold] :smile:  " + "long " * 60
+    rounds = [sj.Round(np.array(bytewise.encode(part)), len(part) // 2) for part in (text[:9], text[9:])]
+    out = printed(rounds, bytewise, Shown(), colour=colour)
+    assert re.sub("\x1b\\[[0-9;]*m", "", out) == text + "\n"
 
 
 def test_what_was_said_before_an_interruption_is_kept(bytewise):

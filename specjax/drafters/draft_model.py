@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from specjax import cache as kv
 from specjax.drafters.base import Context
-from specjax.errors import ConfigError, TreeError
+from specjax.errors import ConfigError, TreeError, check_is
 from specjax.loading.load import Model
 from specjax.model import forward, read, unembed
 from specjax.params import Params
@@ -46,7 +46,7 @@ class DraftModelDrafter:
       to_draft: the draft id of every target id [V]; `prepare` fills it.
 
     Raises:
-      ConfigError: a sampling parameter outside its range, or a token map of another length than the draft's vocabulary.
+      ConfigError: no tree, or a sampling parameter outside its range.
     """
 
     draft: Model
@@ -58,6 +58,7 @@ class DraftModelDrafter:
     to_draft: Int[Array, "V"] | None = None
 
     def __post_init__(self) -> None:
+        check_is(self.tree, Tree, "the tree", "make one, such as Tree.chain(4) or Tree.parse(TEXT).")
         check(self.temperature or 1.0, self.top_k, self.top_p)
 
     @property
@@ -74,9 +75,11 @@ class DraftModelDrafter:
         """Checks that draft and target speak of the same tokens.
 
         Raises:
-          ConfigError: vocabularies that differ in more than padding at the end, or a token map that does not fit.
+          ConfigError: no model, vocabularies that differ in more than padding at the end, or a token map that does not
+            fit.
           TreeError: more siblings than the draft has tokens.
         """
+        check_is(self.draft, Model, "the draft", "load_draft(SOURCE) gives a Model and its token_map.")
         size, wanted = self.draft.config.vocab_size, target.config.vocab_size
         if self.to_draft is not None and self.to_draft.shape != (wanted,):
             raise ConfigError(

@@ -28,14 +28,15 @@ class HybridDrafter:
     `Sample` the same law as ever. (`Typical` is lossy: its output depends on what is drafted.)
 
     Raises:
-      ConfigError: no parts.
+      ConfigError: no parts, or one drafter in place of a tuple of them.
     """
 
     parts: tuple[Drafter, ...]
 
     def __post_init__(self) -> None:
-        if not self.parts:
-            raise ConfigError("a hybrid has no parts; give at least one drafter.")
+        if not isinstance(self.parts, tuple) or not self.parts:
+            given = "an empty tuple" if self.parts == () else f"a {type(self.parts).__name__}"
+            raise ConfigError(f"the parts of a hybrid are {given}; give a tuple of at least one drafter.")
 
     @property
     def tree(self) -> Tree:

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from specjax.drafters.base import Context
-from specjax.errors import TreeError
+from specjax.errors import TreeError, check_is
 from specjax.heads import Heads, draft_projection, top_tokens
 from specjax.loading.load import Model
 from specjax.params import Params
@@ -25,11 +25,17 @@ class MedusaDrafter:
       heads: with their weights.
       tree: the topology (static).
       projection: what heads without their own multiply by [R D]; `prepare` fills it.
+
+    Raises:
+      ConfigError: no tree.
     """
 
     heads: Heads
     tree: Tree = field(metadata={"static": True})
     projection: Float[Array, "R D"] | None = None
+
+    def __post_init__(self) -> None:
+        check_is(self.tree, Tree, "the tree", "make one, such as Tree.chain(4) or Tree.parse(TEXT).")
 
     @property
     def subtrees(self) -> tuple[tuple[int, ...], ...]:
@@ -40,9 +46,10 @@ class MedusaDrafter:
         """Checks that heads, tree and target fit each other.
 
         Raises:
-          ConfigError: heads of another width or vocabulary than the target's.
+          ConfigError: no heads, or heads of another width or vocabulary than the target's.
           TreeError: a tree deeper than there are heads, or wider than the vocabulary.
         """
+        check_is(self.heads, Heads, "heads", "load them: load_heads(SOURCE, model.config).")
         self.heads.check(target.config)
         heads = self.heads.config
         if self.tree.max_depth > heads.num_heads:

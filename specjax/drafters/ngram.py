@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from specjax.drafters.base import Context
-from specjax.errors import ConfigError, is_whole
+from specjax.errors import ConfigError, check_is, is_whole
 from specjax.loading.load import Model
 from specjax.params import Params
 from specjax.proposal import NO_DRAFT, Proposal, Verdict
@@ -36,7 +36,7 @@ class NgramDrafter:
         one of max_n tokens, the whole tree.
 
     Raises:
-      ConfigError: not 1 <= min_n <= max_n, or a reach that is no tuple of positive whole numbers.
+      ConfigError: no tree, not 1 <= min_n <= max_n, or a reach that is no tuple of positive whole numbers.
     """
 
     tree: Tree = field(metadata={"static": True})
@@ -45,13 +45,16 @@ class NgramDrafter:
     reach: tuple[int, ...] = field(default=(3, 7), metadata={"static": True})
 
     def __post_init__(self) -> None:
+        check_is(self.tree, Tree, "the tree", "make one, such as Tree.chain(4) or Tree.parse(TEXT).")
         if not isinstance(self.reach, tuple | list) or not all(is_whole(depth) and depth > 0 for depth in self.reach):
             raise ConfigError(
                 f"reach is {self.reach!r}; expected a tuple of positive whole numbers, () for always the whole tree."
             )
         object.__setattr__(self, "reach", tuple(self.reach))
-        if not 1 <= self.min_n <= self.max_n:
-            raise ConfigError(f"min_n is {self.min_n} and max_n {self.max_n}; expected 1 <= min_n <= max_n.")
+        if not (is_whole(self.min_n) and is_whole(self.max_n) and 1 <= self.min_n <= self.max_n):
+            raise ConfigError(
+                f"min_n is {self.min_n!r} and max_n {self.max_n!r}; expected whole numbers, 1 <= min_n <= max_n."
+            )
 
     @property
     def max_positions(self) -> None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -17,6 +19,7 @@ from specjax.loading.head_layouts import LAYOUTS, HeadLayout
 from specjax.loading.heads import save_heads
 from specjax.loading.hf import save_hf
 from specjax.loading.load import Model
+from specjax.params import Params
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,8 @@ def export_heads(
 
     Args:
       heads: trained on `model`.
-      model: gives the LM head where the layout stores a copy, and for "bundled" all its weights.
+      model: gives the LM head where the layout stores a copy (in the heads' dtype), and for "bundled" all its weights
+        and its tokenizer: weights in bfloat16 if that holds every one of them, otherwise in their dtype.
       target: one of `TARGETS`.
       base_model: what the config names as the base: a repository or path that the consumer can load.
       copy_lm_head: gives heads that share the LM head one copy of it each, for layouts that cannot share.
@@ -104,7 +108,9 @@ def export_heads(
     tensors = _tensors(layout, heads, model, projections=copied)
     extra = _config(target, heads, base_model, shared=not copied)
     if target == "bundled":
-        save_hf(directory, model.params, model.config, beside=tensors, more=extra)
+        save_hf(directory, _as_small_as_exact(model.params), model.config, beside=tensors, more=extra)
+        if model.tokenizer is not None:
+            model.tokenizer.save(directory)
         return file
     if target == "vllm":
         tensors |= _vllm_tensors(heads, model)
@@ -123,6 +129,16 @@ def _over_the_whole_vocabulary(heads: Heads) -> Heads:
     return Heads(heads.params, None, replace(heads.config, reduced_vocab_size=None))
 
 
+def _as_small_as_exact(params: Params) -> Params:
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    same = jax.tree.map(lambda a, b: bool((a == b.astype(a.dtype)).all()), params, half)
+    return half if all(jax.tree.leaves(same)) else params
+
+
+def _lm_head(heads: Heads, model: Model) -> np.ndarray:
+    return np.asarray(model.params.unembedding).astype(next(iter(heads.params.values())).dtype)
+
+
 def _tensors(layout: HeadLayout, heads: Heads, model: Model, *, projections: bool) -> dict[str, np.ndarray]:
     config, params = heads.config, {name: np.asarray(value) for name, value in heads.params.items()}
     tensors = {}
@@ -134,7 +150,7 @@ def _tensors(layout: HeadLayout, heads: Heads, model: Model, *, projections: boo
     if projections:
         for i in range(config.num_heads):
             own = params.get(f"projection_{i}")
-            matrix = np.asarray(model.params.unembedding) if own is None else own
+            matrix = _lm_head(heads, model) if own is None else own
             tensors[layout.projection.format(i=i, L=config.num_layers)] = np.ascontiguousarray(matrix)
     return tensors
 
@@ -143,7 +159,7 @@ def _vllm_tensors(heads: Heads, model: Model) -> dict[str, np.ndarray]:
     tensors: dict[str, np.ndarray] = {}
     ids = None if heads.token_map is None else np.asarray(heads.token_map)
     if heads.config.projection == "shared":
-        matrix = np.asarray(model.params.unembedding)
+        matrix = _lm_head(heads, model)
         tensors["lm_heads.0.weight"] = np.ascontiguousarray(matrix if ids is None else matrix[ids])
     if ids is not None:
         tensors["token_map"] = ids.astype(np.int64)

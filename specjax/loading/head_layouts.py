@@ -10,7 +10,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from specjax.config import ModelConfig
-from specjax.errors import CheckpointError, ConfigError
+from specjax.errors import CheckpointError, ConfigError, is_whole
 from specjax.heads import Heads, MedusaConfig, check_token_map
 
 Shape = tuple[int, ...]
@@ -84,8 +84,9 @@ def read_published(
     projections = [layout.projection.format(i=i, L=layers) for i in range(heads)]
 
     width = next((tensors[n].shape[0] for n in weights[0] if n in tensors and tensors[n].shape), target.hidden_size)
-    vocab = extra.get("vocab_size") or target.vocab_size
     vllm = extra if layout.is_vllm else {}
+    vocab = _size(extra, "vocab_size", target.vocab_size)
+    truncated = _size(vllm, "truncated_vocab_size", vocab)
     token_map = tensors.get("token_map") if layout.is_vllm else None
     ids = token_map.read() if token_map is not None and len(token_map.shape) == 1 else None
     if ids is not None and ids.size >= vocab:
@@ -102,10 +103,8 @@ def read_published(
     expected |= {name: [(width,)] for row in biases for name in row} if biased else {}
     expected |= dict.fromkeys(projections, rows) if full else {}
     optional: dict[str, list[Shape]] = dict.fromkeys((projections[0], "lm_head.weight"), rows) if shares else {}
-    if token_map is not None or vllm.get("truncated_vocab_size", vocab) < vocab:
-        expected["token_map"] = [
-            (vllm.get("truncated_vocab_size", vocab),) if token_map is None else token_map.shape[:1]
-        ]
+    if token_map is not None or truncated < vocab:
+        expected["token_map"] = [(truncated,) if token_map is None else token_map.shape[:1]]
     refuse(differences(expected, tensors, optional))
 
     order = slice(None) if ids is None else np.argsort(ids)  # ascending: ties go to the lowest id
@@ -131,6 +130,15 @@ def read_published(
     params |= {f"bias_{j}": stack(row) if biased else jnp.zeros((heads, width), dtype) for j, row in enumerate(biases)}
     params |= {f"projection_{i}": project(name) for i, name in enumerate(projections)} if full else {}
     return replace(result, params=params)
+
+
+def _size(config: Mapping[str, Any], key: str, default: int) -> int:
+    value = config.get(key)
+    if value is None:
+        return default
+    if not is_whole(value) or value < 1:
+        raise CheckpointError(f"the heads' config.json has {key}={value!r}; expected a positive integer or null.")
+    return int(value)
 
 
 def _recognise(tensors: Mapping[str, Tensor]) -> tuple[HeadLayout, int, int]:

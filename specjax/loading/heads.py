@@ -16,11 +16,13 @@ from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
 from specjax.config import ModelConfig
-from specjax.errors import CheckpointError, ConfigError
+from specjax.errors import CheckpointError, ConfigError, check_is
 from specjax.heads import Heads, MedusaConfig, MedusaHeads, check_token_map
 from specjax.loading import safetensors, torch_pickle
 from specjax.loading.head_layouts import Tensor, differences, read_published, refuse
+from specjax.params import check_dtype
 
+BACKBONE = "backbone"  # the folder beside Medusa-2's heads with what they belong to; its fingerprint in their metadata
 _FORMAT, _VERSION = "specjax.heads", "1"
 _PACKAGED = resources.files("specjax") / "data" / "heads"
 _USUAL_NAMES = ("heads.safetensors", "medusa_lm_head.safetensors", "medusa_lm_head.pt")
@@ -47,10 +49,11 @@ def load_heads(source: str | os.PathLike[str], config: ModelConfig, *, dtype: DT
     Raises:
       CheckpointError: nothing there, damaged files, an unknown layout, tensors that are missing, unknown or mis-shaped
         (all listed at once), or heads of another hidden size or vocabulary.
-      ConfigError: another `dtype`.
+      ConfigError: another `dtype`, or a `config` that is none.
     """
-    if dtype is not None and jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
-        raise ConfigError(f"dtype is {jnp.dtype(dtype).name}; parameters can be float32 or bfloat16.")
+    if dtype is not None:
+        check_dtype(dtype)
+    check_is(config, ModelConfig, "the target's config", "pass model.config.")
     files = _files(_resolve(source))
     try:
         tensors, extra = _tensors(files), _json(files[0].parent / "config.json")
@@ -93,7 +96,12 @@ def save_heads(path: str | os.PathLike[str], heads: Heads, metadata: Mapping[str
 def heads_metadata(source: str | os.PathLike[str]) -> dict[str, Any]:
     """The metadata that `save_heads` wrote with the heads; empty for other layouts. Raises as `load_heads`."""
     native = _native_header(_files(_resolve(source))[0])
-    return {} if native is None else json.loads(native.get("metadata", "{}"))
+    try:
+        return {} if native is None else dict(json.loads(native.get("metadata", "{}")))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"the metadata in the header of the heads at {str(source)!r} is no JSON object ({error}); was it edited?"
+        ) from error
 
 
 def packaged_ranks(source: str | os.PathLike[str]) -> Path | None:
@@ -108,8 +116,10 @@ def _resolve(source: str | os.PathLike[str]) -> Path:
         for name in (source, source.removesuffix("-medusa")):
             if name in packaged_heads():
                 return Path(str(_PACKAGED / f"{name}.safetensors"))
+    if not isinstance(source, str | os.PathLike):
+        raise CheckpointError(f"the heads' source is {source!r}; expected a packaged name or a path.")
     path = Path(source).expanduser()
-    if not path.exists():
+    if not os.fspath(source) or not path.exists():
         raise CheckpointError(
             f"there are no heads at {str(source)!r}; expected a .safetensors or .pt file, a directory with one, or a "
             f"packaged name, of which there are {packaged_heads()}."

@@ -14,11 +14,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Int
 
 from specjax.config import ModelConfig
-from specjax.errors import CheckpointError, ConfigError
+from specjax.errors import CheckpointError
 from specjax.loading.gguf import load_gguf
 from specjax.loading.hf import load_hf, save_hf
 from specjax.loading.tokenizer import Tokenizer
-from specjax.params import Params
+from specjax.params import Params, check_dtype
 
 # name -> (distribution, version, file in it). The file is found without importing the package, which needs llama.cpp.
 PACKAGED = {
@@ -122,18 +122,15 @@ def local_path(source: str | os.PathLike[str]) -> Path:
 
 def _located(source: str | os.PathLike[str]) -> Path:
     # A directory or a .gguf file on this machine; a repository is downloaded.
+    if not isinstance(source, str | os.PathLike) or not os.fspath(source):
+        raise CheckpointError(f"the model's source is {source!r}; expected a name, a path or a repository.")
     path = local_path(source)
     return path if path.is_dir() or (path.suffix == ".gguf" and path.is_file()) else _downloaded(str(source))
 
 
 def _load(source: str | os.PathLike[str], dtype: DTypeLike) -> tuple[Model, Path]:
     # The model, and where its files are.
-    try:
-        wanted = jnp.dtype(dtype)
-    except TypeError as error:
-        raise ConfigError(f"dtype is {dtype!r}; parameters can be float32 or bfloat16.") from error
-    if wanted not in (jnp.float32, jnp.bfloat16):
-        raise ConfigError(f"dtype is {wanted.name}; parameters can be float32 or bfloat16.")
+    check_dtype(dtype)
     path = _located(source)
     if path.is_file():
         params, config, metadata = load_gguf(path, dtype)

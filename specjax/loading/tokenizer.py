@@ -5,6 +5,7 @@ Made from a Hugging Face directory (`tokenizer.json`) or rebuilt from GGUF metad
 
 import functools
 import json
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date, datetime
 from pathlib import Path
@@ -19,7 +20,7 @@ import tokenizers
 from gguf import TokenType
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
-from specjax.errors import CheckpointError, PromptError
+from specjax.errors import CheckpointError, PromptError, is_whole
 
 
 class Tokenizer:
@@ -70,8 +71,21 @@ class Tokenizer:
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, after a BOS where this tokenizer adds one; special tokens in `text` count as such."""
-        return self.backend.encode(text).ids
+        """The ids of `text`, after a BOS where this tokenizer adds one; special tokens in `text` count as such.
+
+        Raises:
+          PromptError: no text, or half a surrogate pair in it.
+        """
+        return self._encoded(text).ids
+
+    def _encoded(self, text: str, *, add_special_tokens: bool = True) -> tokenizers.Encoding:
+        if not isinstance(text, str):
+            raise PromptError(f"the text is {text!r}; expected a string.")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # a file or a command line that is not UTF-8
+            raise PromptError(f"the text is no valid Unicode ({error}); is its source UTF-8?") from error
+        return self.backend.encode(text, add_special_tokens=add_special_tokens)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `ids`; special tokens such as the EOS are left out unless asked for."""
@@ -85,7 +99,7 @@ class Tokenizer:
           add_generation_prompt: whether to end with the opening of the assistant's answer.
 
         Raises:
-          PromptError: no messages, no chat template, or messages that the template refuses.
+          PromptError: no messages, messages of another form, no chat template, or messages that the template refuses.
         """
         return _without_marks(self._marked(messages, add_generation_prompt))[0]
 
@@ -93,10 +107,13 @@ class Tokenizer:
         """`render_chat`'s text, with marks around what the template's `{% generation %}` blocks write."""
         if self.chat_template is None:
             raise PromptError("this model has no chat template; encode a plain text prompt instead.")
-        if not messages:
-            raise PromptError("messages is empty; expected at least one {'role': ..., 'content': ...}.")
+        if isinstance(messages, str | Mapping) or not messages:
+            raise PromptError(f"messages is {messages!r}; expected a list of at least one {_MESSAGE}.")
         for i, message in enumerate(messages):
-            if any(mark in str(message.get("content")) for mark in (_OPEN, _CLOSE)):
+            told = isinstance(message, Mapping) and isinstance(message.get("role"), str)
+            if not told or not isinstance(message.get("content"), str):
+                raise PromptError(f"message {i} is {message!r}; expected {_MESSAGE}, both texts.")
+            if any(mark in message["content"] for mark in (_OPEN, _CLOSE)):
                 raise PromptError(f"message {i} holds a Unicode noncharacter (U+FDD0 or U+FDD1); remove it.")
         try:
             return _template(self.chat_template).render(
@@ -113,7 +130,7 @@ class Tokenizer:
     ) -> list[int]:
         """The ids of `render_chat(...)`. The template writes its own BOS; none is added. Raises as `render_chat`."""
         text = self.render_chat(messages, add_generation_prompt=add_generation_prompt)
-        return self.backend.encode(text, add_special_tokens=False).ids
+        return self._encoded(text, add_special_tokens=False).ids
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[list[int], list[bool]]:
         """A whole conversation's ids, and for each whether the assistant says it: the loss mask.
@@ -129,7 +146,7 @@ class Tokenizer:
         own = bool(spans)
         if not own:
             spans = self._turns(messages, text)
-        encoding = self.backend.encode(text, add_special_tokens=False)
+        encoding = self._encoded(text, add_special_tokens=False)
         said = [False] * len(encoding.ids)
         for begin, end in spans:
             inside = [i for i, (a, b) in enumerate(encoding.offsets) if a < end and b > begin and a < b]
@@ -155,6 +172,14 @@ class Tokenizer:
                 )
             spans.append((len(before), len(after)))
         return spans
+
+    def save(self, directory: Path) -> None:
+        """Writes `tokenizer.json` and `tokenizer_config.json`, as `from_hf` and transformers read them."""
+        self.backend.save(str(directory / "tokenizer.json"))
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", **self.special_tokens}
+        if self.chat_template is not None:
+            settings["chat_template"] = self.chat_template
+        (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
 
     @classmethod
     def from_hf(cls, directory: Path, eos_token_ids: Sequence[int]) -> "Tokenizer | None":
@@ -196,7 +221,8 @@ class Tokenizer:
         """Rebuilds the tokenizer that GGUF metadata describes (`tokenizer.ggml.*`); None where there is none.
 
         Raises:
-          CheckpointError: a tokenizer model or pre-tokenizer that is not supported, or one of which parts are missing.
+          CheckpointError: a tokenizer model or pre-tokenizer that is not supported, or one of which parts are missing
+            or do not fit one another.
         """
         kind, pre = metadata.get("tokenizer.ggml.model", "none"), metadata.get("tokenizer.ggml.pre")
         if kind == "none":
@@ -210,6 +236,14 @@ class Tokenizer:
             if f"tokenizer.ggml.{part}" not in metadata:
                 raise CheckpointError(f"the GGUF metadata lacks tokenizer.ggml.{part}, which tokenizer {kind!r} needs.")
         tokens: list[str] = metadata["tokenizer.ggml.tokens"]
+        for part in ("token_type", *(["scores"] if kind == "llama" else [])):
+            values = metadata.get(f"tokenizer.ggml.{part}", tokens)
+            if not isinstance(values, Sequence) or len(values) != len(tokens):
+                length = len(values) if isinstance(values, Sequence) else "no"
+                raise CheckpointError(
+                    f"tokenizer.ggml.{part} has {length} entries ({reprlib.repr(values)}); expected {len(tokens)}, one "
+                    "for each of tokenizer.ggml.tokens. Convert the model again."
+                )
         backend = _byte_level(metadata, pre) if kind == "gpt2" else _sentencepiece(metadata)
         types = metadata.get("tokenizer.ggml.token_type", [TokenType.NORMAL] * len(tokens))
         for token, role in zip(tokens, types, strict=True):
@@ -217,9 +251,8 @@ class Tokenizer:
                 backend.add_tokens([AddedToken(token, special=role != TokenType.USER_DEFINED, normalized=False)])
         special = {}
         for key in ("bos", "eos", "padding", "unknown"):
-            token_id = metadata.get(f"tokenizer.ggml.{key}_token_id")
-            if token_id is not None:
-                special[f"{key[:3]}_token"] = tokens[token_id]
+            if metadata.get(f"tokenizer.ggml.{key}_token_id") is not None:
+                special[f"{key[:3]}_token"] = tokens[_special_id(metadata, key)]
         adds_bos = metadata.get("tokenizer.ggml.add_bos_token", kind == "llama" or pre == "llama-bpe")
         adds_eos = metadata.get("tokenizer.ggml.add_eos_token", False)
         before = [special["bos_token"]] if adds_bos and "bos_token" in special else []
@@ -259,9 +292,28 @@ def _pre_tokenizer(pre: str | None) -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
+def _special_id(metadata: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    name, count = f"tokenizer.ggml.{key}_token_id", len(metadata["tokenizer.ggml.tokens"])
+    token_id = metadata.get(name, default)
+    if not is_whole(token_id) or not 0 <= token_id < count:
+        raise CheckpointError(
+            f"{name} is {token_id!r}; expected an id from 0 to {count - 1}, as tokenizer.ggml.tokens has {count} "
+            "entries. Convert the model again."
+        )
+    return token_id
+
+
 def _byte_level(metadata: Mapping[str, Any], pre: str | None) -> tokenizers.Tokenizer:
-    merges = [tuple(pair.split(" ", 1)) for pair in metadata["tokenizer.ggml.merges"]]
     vocab = {token: i for i, token in enumerate(metadata["tokenizer.ggml.tokens"])}
+    merges = []
+    for pair in metadata["tokenizer.ggml.merges"]:
+        a, space, b = pair.partition(" ")
+        if not (space and a in vocab and b in vocab and a + b in vocab):
+            raise CheckpointError(
+                f"tokenizer.ggml.merges has {pair!r}; expected two of tokenizer.ggml.tokens with a space between them, "
+                "which together make a third. Convert the model again."
+            )
+        merges.append((a, b))
     # Llama 3 takes a word that is in the vocabulary whole, whatever the merges say.
     backend = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=pre == "llama-bpe"))
     if pre == "qwen2":
@@ -279,7 +331,7 @@ def _sentencepiece(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
     for token, i in vocab.items():
         cuts = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
         merges += [(-scores[i], vocab[a], vocab[b], a, b) for a, b in cuts if a in vocab and b in vocab]
-    unknown = tokens[metadata.get("tokenizer.ggml.unknown_token_id", 0)]
+    unknown = tokens[_special_id(metadata, "unknown", 0)]
     pairs = [(a, b) for *_, a, b in sorted(merges)]
     backend = tokenizers.Tokenizer(models.BPE(vocab, pairs, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     prefix = [normalizers.Prepend("▁")] if metadata.get("tokenizer.ggml.add_space_prefix", True) else []
@@ -290,6 +342,7 @@ def _sentencepiece(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
 
 
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"  # noncharacters, which Unicode keeps for such internal use
+_MESSAGE = "{'role': ..., 'content': ...}"
 
 
 class _GenerationBlocks(jinja2.ext.Extension):

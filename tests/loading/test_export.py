@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import tiny_model
+from conftest import TEMPLATE, byte_tokenizer, tiny_model
 from safetensors.numpy import load_file
 
 import specjax as sj
 from specjax.cli import main
+from specjax.fingerprint import fingerprint
 from specjax.heads import init_heads
 from specjax.loading import torch_pickle
 from specjax.loading.export import TARGETS, export_heads
@@ -191,6 +192,60 @@ def test_refusals(target, tmp_path):
     (tmp_path / "something").write_text("here")
     with pytest.raises(sj.CheckpointError, match="not empty"):
         export_heads(tmp_path, heads, target, "native", base_model="base")
+
+
+def rounded(model):
+    """With weights that bfloat16 holds."""
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16).astype(jnp.float32), model.params)
+    return dataclasses.replace(model, params=params)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_the_bundled_base_keeps_its_values_and_tokenizer(exact, tmp_path):
+    model = dataclasses.replace(tiny_model(vocab=256), tokenizer=byte_tokenizer(TEMPLATE, eos=None))
+    model = rounded(model) if exact else model
+    heads = init_heads(sj.MedusaConfig(C, D, 256, L, "shared"), model.params)
+    half = dataclasses.replace(heads, params=jax.tree.map(lambda p: p.astype(jnp.bfloat16), heads.params))
+    stored = load_file(export_heads(tmp_path, half, model, "bundled", base_model="base"))
+    kinds = {("head" if name.startswith("medusa") else "base", str(t.dtype)) for name, t in stored.items()}
+    assert kinds == {("head", "bfloat16"), ("base", "bfloat16" if exact else "float32")}
+    again = sj.load_model(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
+    messages = [{"role": "user", "content": "hello"}]
+    assert again.tokenizer.apply_chat_template(messages) == model.tokenizer.apply_chat_template(messages)
+
+
+def test_copies_of_the_lm_head_have_the_heads_dtype(target, tmp_path):
+    heads = made(target, "shared", dtype=jnp.bfloat16)
+    stored = load_file(export_heads(tmp_path, heads, target, "abyo", base_model="base", copy_lm_head=True))
+    assert {str(t.dtype) for t in stored.values()} == {"bfloat16"}
+
+
+def test_heads_that_were_fitted_with_a_backbone_are_converted_with_it_alone(target, tmp_path, capsys):
+    moved = rounded(tiny_model(seed=1))
+    for name, model in (("target", target), ("backbone", moved)):
+        save_hf(tmp_path / name, model.params, model.config)
+    file = tmp_path / "heads.safetensors"
+    sj.save_heads(file, made(target, "shared"), {"backbone": fingerprint(moved.params)})
+
+    def convert(model, out):
+        return main(["convert", "--model", str(tmp_path / model), "--heads", str(file), "--to", "medusa-v2",
+                     "--output-dir", str(tmp_path / out)])  # fmt: skip
+
+    assert convert("target", "a") == 2
+    assert "'backbone'" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+    assert convert("backbone", "b") == 0
+
+
+def test_damaged_metadata_is_named(target, tmp_path):
+    file = tmp_path / "heads.safetensors"
+    sj.save_heads(file, made(target, "shared"), {"hits": 1})
+    raw = file.read_bytes()
+    at = raw.index(b'{\\"hits')
+    file.write_bytes(raw[:at] + b"[" + raw[at + 1 :])
+    with pytest.raises(sj.CheckpointError, match="no JSON object"):
+        heads_metadata(file)
 
 
 def test_the_command(target, tmp_path, capsys):

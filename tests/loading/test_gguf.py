@@ -47,8 +47,10 @@ def _named(params, config, tmp_path):
     return named
 
 
-def _write(path, config, tensors, kinds=None):
+def _write(path, config, tensors, kinds=None, more=None):
     writer = gguf.GGUFWriter(path, config.family)
+    for key, value in (more or {}).items():
+        writer.add_key_value(f"{config.family}.{key}", *value)
     writer.add_block_count(config.num_layers)
     writer.add_context_length(config.max_positions)
     writer.add_embedding_length(config.hidden_size)
@@ -149,6 +151,28 @@ def test_rope_divisors_are_the_llama3_rule(tmp_path):
     _, loaded, _ = load_gguf(_write(tmp_path / "m.gguf", config, named), jnp.float32)
     assert loaded.rope_scaling.kind == "divisors"
     np.testing.assert_allclose(rope_frequencies(loaded), rope_frequencies(config), rtol=1e-6)
+
+
+def test_linear_rope_scaling_without_a_type(tmp_path):
+    named = _named(_random(QWEN2), QWEN2, tmp_path)
+    for key in ("rope.scaling.factor", "rope.scale_linear"):
+        path = _write(tmp_path / "m.gguf", QWEN2, named, more={key: (4.0, gguf.GGUFValueType.FLOAT32)})
+        _, loaded, _ = load_gguf(path, jnp.float32)
+        np.testing.assert_allclose(rope_frequencies(loaded), rope_frequencies(QWEN2) / 4, rtol=1e-6)
+    named["rope_freqs.weight"] = np.full(8, 2, np.float32)
+    path = _write(tmp_path / "m.gguf", QWEN2, named, more={key: (1.0, gguf.GGUFValueType.FLOAT32)})
+    _, loaded, _ = load_gguf(path, jnp.float32)
+    np.testing.assert_allclose(rope_frequencies(loaded), rope_frequencies(QWEN2) / 2, rtol=1e-6)
+
+
+def test_damaged_metadata_is_refused(tmp_path):
+    named = _named(_random(LLAMA), LLAMA, tmp_path)
+    more = {"rope.freq_base": ("x", gguf.GGUFValueType.STRING)}
+    with pytest.raises(ConfigError, match=r"llama\.rope\.freq_base='x'"):
+        load_model(_write(tmp_path / "m.gguf", LLAMA, named, more=more))
+    more = {"expert_count": ([0, 0], gguf.GGUFValueType.ARRAY)}
+    with pytest.raises(ConfigError, match=r"llama\.expert_count=\[0, 0\]"):
+        load_model(_write(tmp_path / "m.gguf", LLAMA, named, more=more))
 
 
 def test_files_that_are_not_gguf(tmp_path):

@@ -182,6 +182,14 @@ def test_vllm_biases_count_though_the_config_forgets_them(tmp_path):
     _agree(load_heads(_directory(tmp_path, _tensors("vllm"), config), TARGET), _expected())
 
 
+@pytest.mark.parametrize("key", ["truncated_vocab_size", "vocab_size"])
+def test_vllm_sizes_may_be_null_but_nothing_else(key, tmp_path):
+    _agree(load_heads(_directory(tmp_path, _tensors("vllm"), VLLM | {key: None}), TARGET), _expected())
+    for wrong in ("20", [V], 0, 2.5):
+        with pytest.raises(CheckpointError, match=f"{key}="):
+            load_heads(_directory(tmp_path, _tensors("vllm"), VLLM | {key: wrong}), TARGET)
+
+
 def test_vllm_map_that_truncates_nothing(tmp_path):
     tensors = _tensors("vllm") | {"token_map": np.arange(V)[::-1].copy()}  # vLLM does not apply it
     heads = load_heads(_directory(tmp_path, tensors, VLLM), TARGET)

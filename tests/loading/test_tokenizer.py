@@ -16,6 +16,7 @@ from specjax.errors import CheckpointError, PromptError
 from specjax.loading import load_model
 from specjax.loading.tokenizer import Tokenizer, _pre_tokenizer
 
+USER = {"role": "user", "content": "x"}
 CHATML = "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>{% endfor %}"
 
 
@@ -111,6 +112,21 @@ def test_sentencepiece_merges_by_score_and_falls_back_to_bytes():
         (_byte_level() | {"tokenizer.ggml.model": "t5"}, "'t5'; supported are"),
         ({k: v for k, v in _byte_level().items() if not k.endswith("merges")}, "lacks tokenizer.ggml.merges"),
         ({k: v for k, v in _sentencepiece().items() if not k.endswith("scores")}, "lacks tokenizer.ggml.scores"),
+        (_byte_level(**{"ggml.bos_token_id": 9}), r"ggml\.bos_token_id is 9; expected an id from 0 to 8"),
+        (_byte_level(**{"ggml.eos_token_id": -1}), r"ggml\.eos_token_id is -1"),
+        (_byte_level(**{"ggml.padding_token_id": 2**32 - 1}), r"ggml\.padding_token_id is 4294967295"),
+        (_byte_level(**{"ggml.unknown_token_id": "<s>"}), r"ggml\.unknown_token_id is '<s>'"),
+        (_sentencepiece(unknown_token_id=12), r"ggml\.unknown_token_id is 12; expected an id from 0 to 11"),
+        (_sentencepiece(bos_token_id=[1]), r"ggml\.bos_token_id is \[1\]"),
+        (_sentencepiece(tokens=[], scores=[], token_type=[]), r"ggml\.unknown_token_id is 0"),
+        (_byte_level(**{"ggml.merges": ["a b", "ab"]}), r"ggml\.merges has 'ab'"),
+        (_byte_level(**{"ggml.merges": ["a zz"]}), r"ggml\.merges has 'a zz'"),
+        (_byte_level(**{"ggml.merges": ["zz a"]}), r"ggml\.merges has 'zz a'"),
+        (_byte_level(**{"ggml.merges": ["b a"]}), r"ggml\.merges has 'b a'"),  # both known, but not "ba"
+        (_byte_level(**{"ggml.token_type": [1] * 8}), r"ggml\.token_type has 8 entries .*expected 9"),
+        (_byte_level(**{"ggml.token_type": 1}), r"ggml\.token_type has no entries \(1\)"),
+        (_sentencepiece(token_type=[1] * 13), r"ggml\.token_type has 13 entries .*expected 12"),
+        (_sentencepiece(scores=[0.0] * 11), r"ggml\.scores has 11 entries .*expected 12"),
     ],
 )
 def test_unsupported_metadata(metadata, message):
@@ -144,9 +160,9 @@ def test_hf_files(hf_directory):
     assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}]) == [0, 4, 2, 1]
     named = [{"name": "tool_use", "template": "you"}, {"name": "default", "template": "{{ eos_token }}"}]
     (hf_directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "chat_template": named}))
-    assert Tokenizer.from_hf(hf_directory, ()).render_chat([{}]) == "</s>"
+    assert Tokenizer.from_hf(hf_directory, ()).render_chat([USER]) == "</s>"
     (hf_directory / "chat_template.jinja").write_text("you")  # the file wins
-    assert Tokenizer.from_hf(hf_directory, ()).render_chat([{}]) == "you"
+    assert Tokenizer.from_hf(hf_directory, ()).render_chat([USER]) == "you"
 
 
 def test_damaged_tokenizer_json(tmp_path):
@@ -183,11 +199,11 @@ def test_a_dated_tokenizer_has_a_day_of_its_own():
 @pytest.mark.parametrize(
     ("template", "messages", "message"),
     [
-        (None, [{"role": "user", "content": "x"}], "no chat template"),
-        ("x", [], "messages is empty"),
-        ("{{ raise_exception('no system role') }}", [{}], "no system role"),
-        ("{% if %}", [{}], "refuses"),
-        ("{{ messages.__class__.__mro__ }}", [{}], "unsafe"),
+        (None, [USER], "no chat template"),
+        ("x", [], "messages is .*at least one"),
+        ("{{ raise_exception('no system role') }}", [USER], "no system role"),
+        ("{% if %}", [USER], "refuses"),
+        ("{{ messages.__class__.__mro__ }}", [USER], "unsafe"),
     ],
 )
 def test_chats_that_cannot_be_rendered(template, messages, message):

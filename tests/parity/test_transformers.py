@@ -51,6 +51,15 @@ CASES = {
     "llama-llama3": _llama(rope_parameters=LLAMA3),
     "llama-linear": _llama(rope_parameters=LINEAR),
     "mistral-window": transformers.MistralConfig(**SHAPE, sliding_window=7),
+    "qwen2-all-sliding": _qwen2(  # layer_types win over max_window_layers, whose default is beyond the last layer
+        use_sliding_window=True, sliding_window=7, layer_types=["sliding_attention"] * SHAPE["num_hidden_layers"]
+    ),
+    "qwen2-all-full": _qwen2(
+        use_sliding_window=True,
+        sliding_window=7,
+        max_window_layers=0,
+        layer_types=["full_attention"] * SHAPE["num_hidden_layers"],
+    ),
 }
 
 
