@@ -133,8 +133,8 @@ def _prepare(options: argparse.Namespace) -> tuple["Model", dict[str, Any]]:
     # Before the model is loaded:
     for tree in options.tree.split("+") if options.tree else ():
         sj.Tree.parse(tree)
-    if not 0 <= options.seed < 2**63:
-        raise sj.ConfigError(f"--seed is {options.seed}; expected 0 or more, below 2^63.")
+    if not 0 <= options.seed < 2**32:  # JAX would cut it to so many bits
+        raise sj.ConfigError(f"--seed is {options.seed}; expected 0 to 2^32 - 1.")
     model = sj.load_model(options.model, dtype=options.dtype)
     if model.tokenizer is None:
         raise sj.CheckpointError(f"{options.model} has no tokenizer; text needs one beside the weights.")

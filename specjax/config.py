@@ -320,8 +320,10 @@ def _sliding_window(config: Mapping[str, Any]) -> int | None:
     `layer_types` decides which of Qwen2's layers use it, before `max_window_layers`; the others do not read it.
     """
     kind, layers, types = config["model_type"], _number(config, "num_hidden_layers", int), config.get("layer_types")
-    asked, given = bool(config.get("use_sliding_window")), config.get("sliding_window", 4096)  # transformers' default
-    says = f"sliding_window={given!r} and use_sliding_window={config.get('use_sliding_window')!r}"
+    asked, window = bool(config.get("use_sliding_window")), config.get("sliding_window")
+    given = window if kind == "llama" else config.get("sliding_window", 4096)  # transformers' default
+    says = f"sliding_window={window!r} and use_sliding_window={config.get('use_sliding_window')!r}"
+    types = list(types) if isinstance(types, tuple) else types
     if kind == "llama" and asked and given is not None:
         raise ConfigError(f"config.json has {says}; a llama model has no windows. Is its model_type 'mistral'?")
     used = given is not None and (kind == "mistral" or (kind == "qwen2" and asked))

@@ -69,6 +69,8 @@ def test_the_generation_configs_stop_tokens_win():
         ({"model_type": "mistral", "sliding_window": None, "layer_types": FULL}, None),
         ({"sliding_window": 9}, None),  # a Llama has none
         ({"sliding_window": None, "use_sliding_window": True}, None),
+        ({"use_sliding_window": True}, None),
+        (WINDOWED | {"layer_types": ("sliding_attention",) * 2}, 9),
         ({"layer_types": FULL}, None),
     ],
 )

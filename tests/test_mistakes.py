@@ -6,7 +6,9 @@ import pytest
 from conftest import byte_tokenizer, noisy_heads, tiny_model
 
 import specjax as sj
+import specjax.loading.load
 from specjax.bench import Contender, Request, compare
+from specjax.cli import main
 from specjax.experiment import Decoding
 from specjax.loading.tokenizer import Tokenizer
 
@@ -82,6 +84,37 @@ def test_messages_of_other_forms(messages):
     for use in (Tokenizer.apply_chat_template, Tokenizer.encode_chat):
         with pytest.raises(sj.PromptError):
             use(CHAT, messages)
+
+
+def test_messages_of_tool_calls_need_no_text():
+    template = "{% for m in messages %}{{ m.role }}{{ m.content or m.tool_calls[0].name }}{% endfor %}"
+    call = {"role": "assistant", "tool_calls": [{"name": "clock"}]}
+    for message in (call, call | {"content": None}):
+        assert byte_tokenizer(template).render_chat([MESSAGES[1], message]) == "userhelloassistantclock"
+
+
+def test_a_list_of_parts_is_taken_as_a_tuple():
+    ngram = sj.NgramDrafter(TREE)
+    assert sj.HybridDrafter([ngram]) == sj.HybridDrafter((ngram,))
+
+
+@pytest.mark.parametrize("seed", ["-1", "4294967296", "99999999999999999999"])
+def test_a_seed_that_would_be_cut_is_refused_before_anything_is_loaded(seed, capsys):
+    assert main(["generate", "--model", "nowhere", "--prompt", "x", "--seed", seed]) == 2
+    assert f"--seed is {seed}" in capsys.readouterr().err
+
+
+def test_a_text_to_measure_needs_two_tokens(tmp_path, capsys):
+    command = ["tree", "measure", "--model", "nowhere", "--heads", "nowhere", "--prompts", "nowhere"]
+    assert main([*command, "--save", str(tmp_path / "a.npz"), "--max-new-tokens", "1"]) == 2
+    assert "--max-new-tokens is 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("load", [sj.load_model, sj.load_draft])
+def test_a_wrong_dtype_is_told_before_anything_is_downloaded(load, monkeypatch):
+    monkeypatch.setattr(specjax.loading.load, "_downloaded", lambda repo: pytest.fail("downloaded"))
+    with pytest.raises(sj.ConfigError, match="dtype is float16"):
+        load("some/repository", dtype="float16")
 
 
 @pytest.mark.parametrize("text", [None, 3, "\udcff"])

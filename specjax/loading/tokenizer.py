@@ -111,9 +111,11 @@ class Tokenizer:
             raise PromptError(f"messages is {messages!r}; expected a list of at least one {_MESSAGE}.")
         for i, message in enumerate(messages):
             told = isinstance(message, Mapping) and isinstance(message.get("role"), str)
-            if not told or not isinstance(message.get("content"), str):
+            content = message.get("content") if told else None
+            # Only a message of something else, such as tool_calls, may lack a text.
+            if not told or not (isinstance(content, str) or (content is None and {*message} - {"role", "content"})):
                 raise PromptError(f"message {i} is {message!r}; expected {_MESSAGE}, both texts.")
-            if any(mark in message["content"] for mark in (_OPEN, _CLOSE)):
+            if any(mark in (content or "") for mark in (_OPEN, _CLOSE)):
                 raise PromptError(f"message {i} holds a Unicode noncharacter (U+FDD0 or U+FDD1); remove it.")
         try:
             return _template(self.chat_template).render(
