@@ -24,6 +24,7 @@ from specjax.training.identity import text_identity
 
 _CHUNK = 256  # tokens of a sequence in one forward pass
 _BATCH = 4096  # tokens in one pass over several sequences
+_TELLING = 32  # tokens of a turn; that many are hardly said twice unless one is a copy of the other
 
 
 class Split(NamedTuple):
@@ -36,27 +37,35 @@ class Split(NamedTuple):
 def split(data: Sequence[Conversation], share: float) -> Split:
     """Splits by a hash of the prompt (all before the first answer), which neither order nor company changes.
 
-    Conversations with the same answer are kept once, and one with an assistant turn that is trained on anywhere is not
-    evaluated on.
+    Conversations with the same answer are kept once. One is not evaluated on where what the assistant says in it is
+    trained on anywhere: a turn of 32 tokens or more, or turns that make up half of all that it says. A short turn
+    beside others, such as "You're welcome!" in every chat, is no leak: what stands before it differs.
 
     Args:
       share: about this part of the prompts goes to the evaluation.
 
     Raises:
       ConfigError: a share outside (0, 1).
-      DataError: too few conversations for both sides.
+      DataError: too few conversations for both sides; the message says how many were left out as leaks.
     """
     if not 0 < share < 1:
         raise ConfigError(f"the evaluation share is {share}; expected more than 0 and less than 1.")
     held = [int.from_bytes(_digest(item.prompt)[:8], "big") < share * 2**64 for item in data]
     training = _distinct([item for item, out in zip(data, held, strict=True) if not out])
     seen = set().union(*map(_turn_digests, training))
-    apart = [item for item, out in zip(data, held, strict=True) if out and not seen & _turn_digests(item)]
+    candidates = [item for item, out in zip(data, held, strict=True) if out]
+    apart = [item for item in candidates if not _leaks(item, seen)]
     evaluation = _distinct(apart)
     if not training or not evaluation:
+        remedy = "Make more, or change the share."
+        if leaks := len(candidates) - len(apart):
+            remedy = (
+                f"{leaks} that were held out are left out, because what the assistant says in them recurs in those to "
+                "train on: take recurring turns out of the text, or add other conversations."
+            )
         raise DataError(
             f"of {len(data)} conversations {len(training)} are left to train on and {len(evaluation)} to evaluate "
-            f"with, at an evaluation share of {share}; both sides need some. Make more, or change the share."
+            f"with, at an evaluation share of {share}; both sides need some. {remedy}"
         )
     return Split(training, evaluation)
 
@@ -77,6 +86,12 @@ def _distinct(data: list[Conversation]) -> list[Conversation]:
 
 def _turn_digests(item: Conversation) -> set[bytes]:
     return {_digest(tokens) for _, tokens, _ in turns(item)}
+
+
+def _leaks(item: Conversation, seen: set[bytes]) -> bool:
+    sizes = [(len(tokens), _digest(tokens) in seen) for _, tokens, _ in turns(item)]
+    known = [size for size, again in sizes if again]
+    return bool(known) and (max(known) >= _TELLING or 2 * sum(known) >= sum(size for size, _ in sizes))
 
 
 def _digest(tokens: Int[np.ndarray, "n"]) -> bytes:

@@ -3,12 +3,14 @@
 import datetime
 import itertools
 import json
+import zipfile
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -24,7 +26,7 @@ from specjax.training.corpus import Split, check_budget, split, with_features
 from specjax.training.distill import TODAY, chat_tokenizer, check_prompt, user_turns
 from specjax.training.manifest import Manifest
 from specjax.training.seeds import seed_prompts
-from specjax.training.shards import Messages, read_shards, write_shards
+from specjax.training.shards import Messages, read_shards, shard_path, write_shards
 
 _SOURCES = ("model+seeds", "model", "seeds")
 
@@ -129,9 +131,10 @@ def distilled(model: Model, data: Distillation, console: Console, *, features: b
         "max_tokens": data.max_answer_tokens,
     }
     if features or data.features:
-        done = manifest.load(directory)[1] if (directory / manifest.FILE).exists() else {}
-        missing = max(shards - done.get("shards", 0), 0) * size * data.max_answer_tokens
-        check_budget(done.get("answer_tokens", 0) + missing, model.config, data.feature_budget_gb)
+        # Of the shards that are asked for alone; the directory may hold more.
+        there = [path for path in (shard_path(directory, i) for i in range(shards)) if path.exists()]
+        missing = (shards - len(there)) * size * data.max_answer_tokens
+        check_budget(sum(map(_answer_tokens, there)) + missing, model.config, data.feature_budget_gb)
 
     def prompts_for(shard: int) -> list[Messages]:
         if asked:
@@ -151,7 +154,7 @@ def distilled(model: Model, data: Distillation, console: Console, *, features: b
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as progress:
-        present = sum((directory / f"shard_{i:05d}.npz").exists() for i in range(shards))
+        present = sum(shard_path(directory, i).exists() for i in range(shards))
         task = progress.add_task("distilling: shards", total=shards, completed=present)
 
         def report(shard: int, tokens: int, seconds: float) -> None:
@@ -171,6 +174,14 @@ def distilled(model: Model, data: Distillation, console: Console, *, features: b
             batch_size=data.batch_size,
             progress=report,
         )
+
+
+def _answer_tokens(shard: Path) -> int:
+    try:
+        with np.load(shard, allow_pickle=False) as file:
+            return int(file["lengths"].sum())
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return 0  # damaged: `write_shards` says so, before it makes anything
 
 
 def _dated(model: Model, data: Distillation) -> Model:

@@ -20,11 +20,11 @@ from jaxtyping import Array, Bool, Float, Int
 from specjax import params as parameters
 from specjax.config import ModelConfig
 from specjax.errors import ConfigError
-from specjax.fingerprint import fingerprint
+from specjax.fingerprint import fingerprint, float_dtype
 from specjax.model import forward, unembed
 from specjax.params import Params
 from specjax.training import loop
-from specjax.training.data import Conversation, PackedConfig, attention_mask, packed, packed_steps
+from specjax.training.data import Conversation, PackedConfig, attention_mask, check_cut, packed, packed_steps
 from specjax.training.identity import arrays_fingerprint, settings_of, text_identity
 from specjax.training.optimiser import build
 
@@ -176,11 +176,13 @@ def distil(
 
     Raises:
       ConfigError: a vocabulary of another size than the token map.
-      DataError: too little data, or a loss that is not finite.
+      DataError: too little data, no answer within `length` tokens, or a loss that is not finite.
       CheckpointError: a full disk, or a directory in which a run of other settings, target or data was begun.
     """
     if config.vocab_size != len(token_map):
         raise ConfigError(f"the draft's vocab_size is {config.vocab_size}, its token map has {len(token_map)} entries.")
+    for part, what in ((data, "training"), (held_out, "evaluation")):
+        check_cut(part, training.length, what, ahead=1)
     steps = packed_steps(data, training)
     optimiser = build(training, steps)
     start = init_draft(jax.random.key(training.seed), config, target, token_map)
@@ -201,7 +203,7 @@ def distil(
     def evaluate(state: Any) -> dict[str, float]:
         return evaluate_draft(optimiser.evaluated(state), config, target, token_map, held_out, training)
 
-    batches = _batches(data, training, None)
+    batches = _batches(data, training, epochs=training.epochs)
     trained = loop.fit(
         step,
         optimiser.init(start),
@@ -214,6 +216,7 @@ def distil(
             "draft": asdict(config),
             "token_map": arrays_fingerprint(token_map),
             "target": fingerprint(target),
+            "target_dtype": float_dtype(target),
             "data": text_identity(data),
             "held_out": text_identity(held_out),
         },
@@ -228,9 +231,11 @@ def distil(
     return optimiser.evaluated(chosen), trained.log
 
 
-def _batches(data: list[Conversation], training: DistilConfig, epochs: int | None) -> grain.IterDataset:
+def _batches(
+    data: list[Conversation], training: DistilConfig, *, epochs: int, whole: bool = False
+) -> grain.IterDataset:
     shape = {"length": training.length, "batch_size": training.batch_size, "seed": training.seed}
-    return packed(data, **shape, epochs=epochs, whole=epochs is not None)
+    return packed(data, **shape, epochs=epochs, whole=whole)
 
 
 def evaluate_draft(
@@ -251,7 +256,7 @@ def evaluate_draft(
     to_draft = jnp.asarray(_to_draft(token_map, target.unembedding.shape[0]))
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), draft)
     sums = np.zeros(4)
-    for batch in _batches(data, training, 1):
+    for batch in _batches(data, training, epochs=1, whole=True):
         sums += np.asarray(_evaluate(half, config, target.unembedding, jnp.asarray(token_map), to_draft, batch))
     share = sums / max(sums[3], 1)
     return {"acceptance": float(share[0]), "agreement": float(share[1]), "text": float(share[2])}

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from specjax.analysis.texts import conversation_texts
-from specjax.loading.heads import load_heads
 from specjax.loading.load import load_model
 from specjax.training.corpus import joined
 from specjax.training.distillation import Distillation, prepared
@@ -23,10 +22,13 @@ class FitHeads(HeadFit):
     data: Distillation = field(default_factory=Distillation)
 
     def run(self, output_dir: Path, console: Console) -> dict[str, Any]:
-        """Distils, then `fit`."""
+        """Distils, then `fit`.
+
+        Raises:
+          As `check`, before there is any text; as `prepared` and `fit`.
+        """
         model = load_model(self.model, dtype=jnp.bfloat16)
-        if self.start_from is not None:
-            load_heads(self.start_from, model.config)  # raises now, not when the text has been made
+        self.check(model)
         training, evaluation = prepared(model, self.data, console)
         return self.fit(
             model, joined(training), joined(evaluation), conversation_texts(evaluation), output_dir, console

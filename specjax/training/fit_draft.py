@@ -1,7 +1,7 @@
 """The experiment that distils a draft model for a target."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from specjax.config import ModelConfig
 from specjax.errors import ConfigError
 from specjax.loading.load import load_draft, load_model, save_draft
 from specjax.training.curves import save_draft_figures
-from specjax.training.data import packed_steps
+from specjax.training.data import check_cut, packed_steps
 from specjax.training.distillation import Distillation, prepared
 from specjax.training.draft import DistilConfig, distil, evaluate_draft, reduced_map
 from specjax.training.monitor import RunMonitor, throughput
@@ -25,11 +25,15 @@ from specjax.training.trainer import frequent_tokens
 
 @dataclass(frozen=True)
 class FitDraft:
-    """Distils a Qwen2 of the given shape, with a reduced vocabulary, on text of the target's own."""
+    """Distils a Qwen2 of the given shape, with a reduced vocabulary, on text of the target's own.
+
+    The vocabulary is always reduced: one row stands for all tokens that the draft does not say, so that there must be
+    some. At least as many rows as the target has tokens are refused.
+    """
 
     name: str
     model: str
-    reduced_vocab_size: int = 16_384  # the most frequent tokens of the text, and one row for all others
+    reduced_vocab_size: int = 16_384  # rows: the most frequent tokens of the text, and one row for all others
     hidden_size: int = 256
     intermediate_size: int = 704
     num_layers: int = 4
@@ -46,28 +50,16 @@ class FitDraft:
         the same `output_dir` is given.
 
         Raises:
+          ConfigError: a shape that does not fit the target, before there is any text.
           As `prepared` and `distil`.
         """
         model = load_model(self.model, dtype=jnp.bfloat16)
+        config = self._shape(model.config)  # raises now, not when the text has been made
         text, held_out = prepared(model, self.data, console)
         every = np.concatenate([part for item in text for part in (item.prompt, item.answer)])
         token_map = reduced_map(frequent_tokens(every, self.reduced_vocab_size - 1, model.config.vocab_size))
         rows = {int(token): row for row, token in enumerate(token_map)}
-        config = ModelConfig(
-            family="qwen2",
-            vocab_size=len(token_map),
-            hidden_size=self.hidden_size,
-            intermediate_size=self.intermediate_size,
-            num_layers=self.num_layers,
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.hidden_size // self.num_heads,
-            qkv_bias=True,
-            tie_word_embeddings=True,
-            max_positions=model.config.max_positions,
-            eos_token_ids=tuple(rows[t] for t in model.config.eos_token_ids if t in rows),
-            name=self.name,
-        )
+        config = replace(config, eos_token_ids=tuple(rows[t] for t in model.config.eos_token_ids if t in rows))
         training = self.training
         steps, tokens = packed_steps(text, training), training.batch_size * training.length
         with RunMonitor(output_dir, console, steps=steps, tokens_per_step=tokens) as monitor:
@@ -98,6 +90,33 @@ class FitDraft:
             "figures": save_draft_figures(log, output_dir),
         }
 
+    def _shape(self, target: ModelConfig) -> ModelConfig:
+        if not 2 <= self.reduced_vocab_size < target.vocab_size:
+            raise ConfigError(
+                f"reduced_vocab_size is {self.reduced_vocab_size}; expected 2 to {target.vocab_size - 1}: tokens that "
+                f"the draft says and a row for all others of the target's {target.vocab_size}. Choose one of these."
+            )
+        if self.num_heads < 1:
+            raise ConfigError(f"num_heads is {self.num_heads}; expected at least 1. Choose a divisor of hidden_size.")
+        if self.hidden_size > target.hidden_size:  # the embedding begins as the target's in its main directions
+            raise ConfigError(
+                f"hidden_size is {self.hidden_size}; expected at most {target.hidden_size}, the target's. Lower it."
+            )
+        return ModelConfig(
+            family="qwen2",
+            vocab_size=self.reduced_vocab_size,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.hidden_size // self.num_heads,
+            qkv_bias=True,
+            tie_word_embeddings=True,
+            max_positions=target.max_positions,
+            name=self.name,
+        )
+
 
 @dataclass(frozen=True)
 class EvaluateDraft:
@@ -114,15 +133,17 @@ class EvaluateDraft:
         """Prints and gives what `evaluate_draft` finds, over all conversations of `data`, held out or not.
 
         Raises:
-          ConfigError: a draft without a token map.
+          ConfigError: a draft without a token map, or a batch_size or length below 1.
+          DataError: no answer begins within `length` tokens.
           As `prepared`.
         """
+        training = DistilConfig(batch_size=self.batch_size, length=self.length)  # raises now, not after the text
         model = load_model(self.model, dtype=jnp.bfloat16)
         draft, token_map = load_draft(self.draft)
         if token_map is None:
             raise ConfigError(f"{self.draft} has no token map; this evaluates drafts that FitDraft made.")
         text = [item for part in prepared(model, self.data, console) for item in part]
-        training = DistilConfig(batch_size=self.batch_size, length=self.length)
+        check_cut(text, self.length, "evaluation", ahead=1)
         found = evaluate_draft(draft.params, draft.config, model.params, np.asarray(token_map), text, training)
         console.print(json.dumps(found))
         return {

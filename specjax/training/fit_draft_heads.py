@@ -37,9 +37,14 @@ class FitDraftHeads(HeadFit):
             raise ConfigError(f"{self}: expected prompts, batch_size and max_answer_tokens of at least 1.")
 
     def run(self, output_dir: Path, console: Console) -> dict[str, Any]:
-        """Makes the text, then `fit`."""
+        """Makes the text, then `fit`.
+
+        Raises:
+          As `check`, before there is any text; as `answer`, `split` and `fit`.
+        """
         tokenizer = chat_tokenizer(load_model(self.tokenizer, dtype="bfloat16")).dated(TODAY)
         model, token_map = load_draft(self.draft)
+        self.check(model)
         asked = [
             tokenizer.apply_chat_template([{"role": "user", "content": text}])
             for text in seed_prompts(self.prompts, self.prompt_seed)

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from specjax.analysis.ranks import Text, measure
 from specjax.bench import environment
+from specjax.config import ModelConfig
 from specjax.errors import ConfigError
 from specjax.fingerprint import fingerprint
 from specjax.heads import Heads, MedusaConfig, init_heads
@@ -61,21 +62,34 @@ class HeadFit:
                 "or leave it out."
             )
 
+    def check(self, model: Model) -> None:
+        """Tells what needs no text to be told; to be called before the text is made, which takes long.
+
+        Raises:
+          ConfigError: a shape that does not fit the model.
+          TreeError: there is no such tree, or it is deeper than there are heads, or too wide to simulate.
+          CheckpointError: `start_from` cannot be loaded, or is for another width or vocabulary.
+        """
+        begun = None if self.start_from is None else load_heads(self.start_from, model.config)
+        self._tree(self._shape(model) if begun is None else begun.config)
+
     def start(self, model: Model, text: Answers) -> Heads:
         """The float32 heads that training starts with.
 
         Raises:
-          ConfigError: a shape that does not fit the model.
-          CheckpointError: `start_from` cannot be loaded, or is for another width or vocabulary.
+          As `check`, but for the tree.
         """
         if self.start_from is not None:
             return load_heads(self.start_from, model.config, dtype=jnp.float32)
         vocab, size = model.config.vocab_size, self.reduced_vocab_size
-        check_reduced(size, vocab)
-        shape = MedusaConfig(
-            self.num_heads, model.config.hidden_size, vocab, self.num_layers, self.projection, self.reduced_vocab_size
-        )
-        return init_heads(shape, model.params, None if size is None else frequent_tokens(text.tokens, size, vocab))
+        tokens = None if size is None else frequent_tokens(text.tokens, size, vocab)
+        return init_heads(self._shape(model), model.params, tokens)
+
+    def _shape(self, model: Model) -> MedusaConfig:
+        return head_shape(model.config, self.num_heads, self.num_layers, self.projection, self.reduced_vocab_size)
+
+    def _tree(self, shape: MedusaConfig) -> Tree:
+        return tree_for(None if self.tree is None else Tree.parse(self.tree), shape.num_heads)
 
     def fit(
         self,
@@ -94,10 +108,10 @@ class HeadFit:
         with a `start_share`, `record` is of the average.
 
         Raises:
-          As `train`.
+          As `check` and `train`.
         """
         begun = heads = self.start(model, text)
-        tree = tree_for(None if self.tree is None else Tree.parse(self.tree), heads.config.num_heads)
+        tree = self._tree(heads.config)
         data, judged = dataset(text, heads), dataset(held_out, heads)
         steps = steps_of(data, self.training)
         with RunMonitor(output_dir, console, steps=steps, tokens_per_step=self.training.batch_size) as monitor:
@@ -150,6 +164,28 @@ class HeadFit:
             "throughput": throughput(log),
             "figures": save_training_figures(log, output_dir, tree.name or f"{tree.size} nodes"),
         }
+
+
+def head_shape(
+    target: ModelConfig,
+    num_heads: int,
+    num_layers: int,
+    projection: Literal["shared", "full"],
+    reduced_vocab_size: int | None,
+) -> MedusaConfig:
+    """The shape of new heads for `target`.
+
+    Raises:
+      ConfigError: one that does not fit it, or that no heads have.
+    """
+    vocab = target.vocab_size
+    if reduced_vocab_size is not None and reduced_vocab_size > vocab:  # also the default, for a small vocabulary
+        raise ConfigError(
+            f"reduced_vocab_size is {reduced_vocab_size}; expected 1 to {vocab}, the model's vocabulary. Set it to "
+            "None (--reduced-vocab-size None) to keep all of that, or to fewer tokens."
+        )
+    check_reduced(reduced_vocab_size, vocab)
+    return MedusaConfig(num_heads, target.hidden_size, vocab, num_layers, projection, reduced_vocab_size)
 
 
 def _counts(answers: Answers, labels: Any) -> dict[str, Any]:

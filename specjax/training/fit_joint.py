@@ -1,7 +1,6 @@
 """The experiment that fits heads, and with Medusa-2 the backbone's LoRA changes, with features computed on the fly."""
 
 import functools
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -10,29 +9,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from rich.console import Console
 
+from specjax import params as parameters
 from specjax.bench import environment
+from specjax.config import ModelConfig
+from specjax.errors import ConfigError
+from specjax.fingerprint import fingerprint
 from specjax.heads import Heads, MedusaConfig, init_heads
-from specjax.loading.heads import load_heads, save_heads
+from specjax.loading.heads import BACKBONE, load_heads, save_heads
 from specjax.loading.hf import save_hf
 from specjax.loading.load import Model, load_model
-from specjax.loading.tokenizer import Tokenizer
 from specjax.params import Params
 from specjax.training.corpus import turns
 from specjax.training.curves import save_training_figures
 from specjax.training.data import Conversation, cut_tokens, packed_steps
 from specjax.training.distillation import Distillation, prepared
+from specjax.training.fit_heads import head_shape
 from specjax.training.joint import JointConfig
 from specjax.training.joint_trainer import Fitted, fit_joint
-from specjax.training.lora import LoraConfig, merge
-from specjax.training.mesh import HostsConfig, MeshConfig, first_alone
+from specjax.training.lora import LoraConfig, lora_shardings, merge
+from specjax.training.mesh import MODEL, HostsConfig, MeshConfig, check_rows, first_alone
 from specjax.training.monitor import RunMonitor, evaluation_line, throughput, warn_if_worse
 from specjax.training.quality import selected, tree_for
-from specjax.training.trainer import check_reduced, frequent_tokens
+from specjax.training.trainer import frequent_tokens
 from specjax.tree import Tree
 
-BACKBONE, HEADS = "backbone", "heads.safetensors"
+HEADS = "heads.safetensors"
 TEXT_MARK, EXPORT_MARK = "text.made", "export.made"  # tell the other hosts
 
 
@@ -71,21 +75,28 @@ class FitJoint:
         PNG, and checkpoints. A run that was stopped goes on where the same `output_dir` is given.
 
         Raises:
-          As `prepared` and `fit_joint`; ConfigError for a shape that does not fit the model; CheckpointError where
-            `start_from` cannot be loaded, or is for another width or vocabulary.
+          As `prepared` and `fit_joint`; before there is any text: ConfigError for a shape that does not fit the model,
+            or rows or a dimension that the mesh does not divide; TreeError where there is no such tree, or it is deeper
+            than there are heads; CheckpointError where `start_from` cannot be loaded, or is for another width or
+            vocabulary.
         """
         self.hosts.join()
         mesh, first = self.mesh.build(), jax.process_index() == 0
         model = load_model(self.model, dtype=self.dtype)
         begun = None if self.start_from is None else load_heads(self.start_from, model.config, dtype=jnp.float32)
-        num_heads = self.num_heads if begun is None else begun.config.num_heads
-        tree = tree_for(None if self.tree is None else Tree.parse(self.tree), num_heads)
+        shape = (
+            begun.config
+            if begun is not None
+            else head_shape(model.config, self.num_heads, self.num_layers, "shared", self.reduced_vocab_size)
+        )
+        tree = tree_for(None if self.tree is None else Tree.parse(self.tree), shape.num_heads)
+        self._check_mesh(model.config, shape, mesh)
         read = functools.partial(prepared, model, self.data, console, features=False)
         # One process writes shards; a file of chats all read at once.
         made = read() if self.data.chats is not None else first_alone(read, output_dir / TEXT_MARK)
         text, held_out = made or read(make=False)
         multihost_utils.sync_global_devices("read")  # they begin to train together
-        heads = self._from_lm_head(model, text) if begun is None else begun
+        heads = self._from_lm_head(model, shape, text) if begun is None else begun
         training = self.training
         fit = functools.partial(
             fit_joint, model.config, model.params, heads, text, held_out, training, output_dir, on=mesh, tree=tree
@@ -102,8 +113,6 @@ class FitJoint:
 
         def write() -> list[str]:
             metadata = {"target": self.model, "config": asdict(self)}
-            if fitted.lora is not None:
-                metadata["backbone"] = BACKBONE  # what they belong to: that target, changed
             export(output_dir, model, fitted, metadata | {k: chosen["eval"][k] for k in ("hits", "accuracy")})
             return save_training_figures(fitted.log, output_dir, tree.name or f"{tree.size} nodes")
 
@@ -129,12 +138,23 @@ class FitJoint:
             "figures": figures,
         }
 
-    def _from_lm_head(self, model: Model, text: list[Conversation]) -> Heads:
+    def _check_mesh(self, config: ModelConfig, shape: MedusaConfig, mesh: Mesh) -> None:
+        # All that `fit_joint` places on the mesh, by shapes alone: it does so when the text has been made.
+        check_rows(self.training.batch_size, mesh)
+        parameters.shardings(config, mesh)
+        if self.training.lora is not None:
+            lora_shardings(config, self.training.lora, mesh)
+        if shape.output_size % mesh.shape[MODEL]:
+            raise ConfigError(
+                f"the heads' vocabulary of {shape.output_size} tokens does not divide over mesh axis {MODEL!r} of size "
+                f"{mesh.shape[MODEL]}; choose a multiple of it as reduced_vocab_size, or another mesh."
+            )
+
+    def _from_lm_head(self, model: Model, shape: MedusaConfig, text: list[Conversation]) -> Heads:
         answers = np.concatenate([tokens for item in text for _, tokens, _ in turns(item)])
-        vocab, size = model.config.vocab_size, self.reduced_vocab_size
-        check_reduced(size, vocab)
-        shape = MedusaConfig(self.num_heads, model.config.hidden_size, vocab, self.num_layers, "shared", size)
-        return init_heads(shape, model.params, None if size is None else frequent_tokens(answers, size, vocab))
+        size = shape.reduced_vocab_size
+        tokens = None if size is None else frequent_tokens(answers, size, shape.vocab_size)
+        return init_heads(shape, model.params, tokens)
 
 
 def _answer_tokens(data: list[Conversation]) -> int:
@@ -147,22 +167,15 @@ def export(directory: Path, model: Model, fitted: Fitted, metadata: dict[str, An
 
     Args:
       model: that was fitted; the files are in bfloat16.
-      metadata: kept with the heads.
+      metadata: kept with the heads, and beside it the backbone's fingerprint as `backbone`.
     """
+    params = model.params
+    if fitted.lora is not None:
+        params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), merge(params, fitted.lora))
+        save_hf(directory / BACKBONE, params, model.config)
+        if model.tokenizer is not None:
+            model.tokenizer.save(directory / BACKBONE)
+        metadata = metadata | {"backbone": fingerprint(params)}
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), fitted.heads.params)
     save_heads(directory / HEADS, Heads(half, fitted.heads.token_map, fitted.heads.config), metadata)
-    if fitted.lora is None:
-        return model.params
-    merged = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), merge(model.params, fitted.lora))
-    save_hf(directory / BACKBONE, merged, model.config)
-    if model.tokenizer is not None:
-        _save_tokenizer(model.tokenizer, directory / BACKBONE)
-    return merged
-
-
-def _save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
-    tokenizer.backend.save(str(directory / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer.special_tokens}
-    if tokenizer.chat_template is not None:
-        settings["chat_template"] = tokenizer.chat_template
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
+    return params

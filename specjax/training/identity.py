@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from specjax.errors import CheckpointError
-from specjax.fingerprint import fingerprint
+from specjax.fingerprint import fingerprint, float_dtype
 from specjax.heads import Heads
 from specjax.params import Params
 from specjax.training.data import Conversation
@@ -35,6 +35,7 @@ def of_head_run(
         "training": settings_of(config),
         "heads": asdict(heads.config) | {"fingerprint": fingerprint((heads.params, heads.token_map))},
         "target": fingerprint(target),
+        "target_dtype": float_dtype(target),  # of which the fingerprint knows nothing; the products depend on it
         "data": data,
         "held_out": held_out,
         "tree": [list(path) for path in tree.rank_paths],

@@ -18,7 +18,7 @@ from specjax.errors import ConfigError, DataError
 from specjax.heads import Heads, draft_projection
 from specjax.params import Params, ParamSpec, named_sharding
 from specjax.training import loop, mesh
-from specjax.training.data import Conversation, packed, packed_steps
+from specjax.training.data import Conversation, check_cut, labels, packed, packed_steps
 from specjax.training.identity import of_head_run, text_identity
 from specjax.training.joint import JointConfig, joint_loss
 from specjax.training.joint_evaluation import joint_record, judged
@@ -70,9 +70,9 @@ def fit_joint(
 
     A step's record has the loss, every head's (`losses`, nats), Medusa-2's `backbone` loss, the gradient's norm and the
     heads' learning rate; an evaluation's `eval` is a `joint_record` on every token of `held_out`'s conversations up
-    to `length` tokens; the rest of longer ones is cut. A later call resumes from `directory`. Several processes call it
-    with the same arguments and one directory that all of them see. Tokens per second are those of whole rows, padding
-    included.
+    to `length` tokens; the rest of longer ones is cut, with a warning before the first step. A later call resumes from
+    `directory`. Several processes call it with the same arguments and one directory that all of them see. Tokens per
+    second are those of whole rows, padding included.
 
     Args:
       target: stays as it is; products run in its dtype.
@@ -83,15 +83,18 @@ def fit_joint(
     Raises:
       TreeError: a tree deeper than there are heads, or too wide to simulate.
       ConfigError: heads of another shape than the target, or rows or a dimension that the mesh does not divide.
-      DataError: too little data, data of another vocabulary, or a loss that is not finite (the last checkpoint stays as
-        it was).
+      DataError: too little data, data of another vocabulary, no label within `length` tokens, or a loss that is not
+        finite (the last checkpoint stays as it was).
       CheckpointError: a full disk, or a directory in which a run of other settings, heads, target, data or tree was
         begun.
     """
     mesh.check_rows(settings.batch_size, on)
     # Features that the text may have are not used: these are computed.
     data, held_out = ([replace(item, features=None) for item in part] for part in (data, held_out))
-    _check(config, heads, [*data, *held_out])
+    _check(config, heads, data, held_out)
+    for text, what in ((data, "training"), (held_out, "evaluation")):
+        check_cut(text, settings.length, what, ahead=2)  # the first head's; the others' are fewer
+    _check_sayable(heads, data, settings.length)
     tree, steps = tree_for(tree, heads.config.num_heads), packed_steps(data, settings)
     optimiser = build(settings, steps, {"lora": settings.lora_learning_rate / settings.learning_rate})
     state, shardings = start(config, heads, settings, optimiser, on)
@@ -120,11 +123,11 @@ def fit_joint(
         return judged(optimiser.evaluated(state), heads, frozen, projection, config, batch, settings, shards=shards)
 
     def evaluate(state: Any) -> dict[str, Any]:
-        batches = list(_batches(held_out, settings, epochs=1))
+        batches = list(_batches(held_out, settings, epochs=1, whole=True))
         found = [jax.device_get(judge(state, mesh.put_batch(batch, on), frozen, projection)) for batch in batches]
         return joint_record(batches, found, tree)
 
-    batches = _batches(data, settings, epochs=None)
+    batches = _batches(data, settings, epochs=settings.epochs)
     trained = loop.fit(
         lambda state, batch: step(state, batch, frozen, projection),
         state,
@@ -147,23 +150,29 @@ def fit_joint(
     return Fitted(replace(heads, params=whole["heads"]), whole.get("lora"), trained.log)
 
 
-def _check(config: ModelConfig, heads: Heads, data: list[Conversation]) -> None:
+def _check(config: ModelConfig, heads: Heads, *texts: list[Conversation]) -> None:
     if (heads.config.hidden_size, heads.config.vocab_size) != (config.hidden_size, config.vocab_size):
         raise ConfigError(
             f"the heads are for hidden size {heads.config.hidden_size} and vocabulary {heads.config.vocab_size}, the "
             f"target has {config.hidden_size} and {config.vocab_size}; make them for this target."
         )
-    for i, item in enumerate(data):
+    for i, item in enumerate(item for text in texts for item in text):
         tokens = np.concatenate([item.prompt, item.answer])
         if len(tokens) and not 0 <= tokens.min() <= tokens.max() < config.vocab_size:
             raise DataError(
                 f"conversation {i} has token ids from {tokens.min()} to {tokens.max()}, the target's vocabulary is "
                 f"{config.vocab_size}; the data was made by another model."
             )
-    if all(len(item.answer) < 2 for item in data):
-        raise DataError(f"none of the {len(data)} conversations has an answer of two tokens; add longer ones.")
 
 
-def _batches(data: list[Conversation], settings: JointConfig, epochs: int | None) -> Any:
+def _check_sayable(heads: Heads, data: list[Conversation], length: int) -> None:
+    if heads.token_map is None:
+        return
+    sayable = np.asarray(heads.token_map)
+    if not any(np.isin(labels(item, length, 2), sayable).any() for item in data):
+        raise DataError("no token of the text is in the heads' reduced vocabulary; choose it from this text.")
+
+
+def _batches(data: list[Conversation], settings: JointConfig, *, epochs: int, whole: bool = False) -> Any:
     shape = {"length": settings.length, "batch_size": settings.batch_size, "seed": settings.seed}
-    return packed(data, **shape, epochs=epochs, whole=epochs is not None)
+    return packed(data, **shape, epochs=epochs, whole=whole)

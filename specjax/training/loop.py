@@ -92,7 +92,8 @@ def fit(
       placement: where state and batches are to be; a restored state too.
 
     Raises:
-      DataError: data that ends early, or a loss that is not finite; the last checkpoint then holds the state before.
+      DataError: data that ends early, or a loss that is not finite; the last checkpoint, where there is one, is of
+        before.
       CheckpointError: a checkpoint of other settings, of another shape, or beyond `steps`; processes with other
         settings, checkpoints or disk than the first; a full disk, with the last checkpoint intact.
     """
@@ -128,7 +129,7 @@ def fit(
     _write_log(directory, log)
     if monitor is not None:
         monitor.logged(log)
-    done, pending, began = first or 0, [], time.perf_counter()
+    newest, done, pending, began = first, first or 0, [], time.perf_counter()
     while done < steps:
         try:
             batch = next(iterator)
@@ -146,9 +147,12 @@ def fit(
         for name in ("loss", "gradient_norm"):
             bad = next((r for r in records if not math.isfinite(r.get(name, 0.0))), None)
             if bad is not None:
+                what = f"the {name.replace('_', ' ')} of step {bad['step']} is {bad[name]}"
+                if newest is None:
+                    raise DataError(f"{what}; nothing had been saved. Lower the learning rate and begin again.")
                 raise DataError(
-                    f"the {name.replace('_', ' ')} of step {bad['step']} is {bad[name]}; lower the learning rate. The "
-                    f"last good state is in {checkpoints}."
+                    f"{what}; the last state that was saved is step {newest}'s, in {checkpoints}. Lower the learning "
+                    "rate and name another --output-dir: this one's run goes on with its own settings only."
                 )
         rate = len(pending) / (time.perf_counter() - began)
         amounts = {f"{name}_per_second": rate * amount for name, amount in (per_step or {}).items()}
@@ -163,6 +167,7 @@ def fit(
         _write_log(directory, log)
         whole = {"state": state, "input": _as_arrays(iterator.get_state())}
         checkpoint.save(checkpoints, done, whole, keep=keep, score=value)
+        newest = done
         if monitor is not None:
             monitor.logged(records)
         pending, began = [], time.perf_counter()

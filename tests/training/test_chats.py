@@ -8,7 +8,7 @@ from conftest import TEMPLATE, byte_tokenizer
 
 import specjax as sj
 from specjax.training.chats import read_chats, read_conversations, read_prompts
-from specjax.training.corpus import joined, turns, with_features
+from specjax.training.corpus import joined, split, turns, with_features
 from specjax.training.data import Conversation, packed
 
 # ChatML, whose line break after the EOS the model never says; the same with blocks; one that rewrites earlier turns.
@@ -117,6 +117,51 @@ def test_turns_train_apart_and_rows_mark_them(model):
     np.testing.assert_array_equal(made.features, item.features[[0, 1, 4, 5, 6]])
     batch = next(iter(packed([item], length=9, batch_size=1, seed=0)))
     assert batch["answer"][0].tolist() == [False] * 2 + item.mask.tolist()
+
+
+def sides(directory, chats):
+    """The first user turns of the chats to train on and of those to evaluate with."""
+    file = directory / "c.jsonl"
+    names = ("user", "assistant") * 4
+    lines = [{"messages": [{"role": r, "content": t} for r, t in zip(names, chat, strict=False)]} for chat in chats]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    tokenizer = byte_tokenizer(CHATML, ("<|s|>", "<|e|>"), eos="<|e|>")
+    parts = split(read_conversations(file, tokenizer, max_tokens=1000), 0.3)
+    return [{tokenizer.decode(item.prompt).split("\n")[1] for item in part} for part in parts]
+
+
+def test_a_short_turn_that_recurs_is_no_leak(tmp_path):
+    alone = [[f"ask {i}", f"this is the whole of answer number {i}"] for i in range(40)]
+    training, evaluation = expected = sides(tmp_path, alone)
+    assert len(training | evaluation) == 40
+    assert min(map(len, expected)) > 5
+    # Whatever else is said in every chat, the prompts stay on their sides.
+    assert sides(tmp_path, [[*chat, "Thanks!", "You're welcome!"] for chat in alone]) == expected
+    assert sides(tmp_path, [[ask, "Yes.", "so?", answer] for ask, answer in alone]) == expected
+    assert sides(tmp_path, [[ask, answer, f"more {ask}", "Yes."] for ask, answer in alone]) == expected
+
+
+def test_what_is_trained_on_is_not_evaluated_on(tmp_path):
+    alone = [[f"ask {i}", f"this is the whole of answer number {i}"] for i in range(40)]
+    training, evaluation = sides(tmp_path, alone)
+    long = "said word for word in two chats"
+    assert len(long) == 31  # and its end: 32 tokens
+    (trained, other), held = sorted(training)[:2], sorted(evaluation)[:2]
+    extra = {trained: long, held[0]: long, other: long[1:], held[1]: long[1:]}
+    changed = [[*chat, "go on", extra.get(chat[0], f"so {chat[0]}")] for chat in alone]
+    assert sides(tmp_path, changed) == [training, evaluation - {held[0]}]
+    # Half of what is said: a short answer, that another chat has as a later turn, or beside one of its length.
+    short = [[ask, {held[0]: "Yes.", held[1]: "Yes."}.get(ask, answer)] for ask, answer in alone]
+    short = [[*chat, *{trained: ["so?", "Yes."], held[1]: ["so?", "No!!"]}.get(chat[0], [])] for chat in short]
+    assert sides(tmp_path, short) == [training, evaluation - {held[0], held[1]}]
+    # All of them leak: more text of that kind would not help, and the message says what would.
+    recurring = [[*chat, "go on", long] for chat in alone]
+    leaks = len(evaluation)
+    with pytest.raises(sj.DataError, match=rf" and 0 to evaluate .* {leaks} that were held out .* recurs .* take rec"):
+        sides(tmp_path, recurring)
+    few = [chat for chat in alone if chat[0] in training]
+    with pytest.raises(sj.DataError, match=r" and 0 to evaluate .* both sides need some\. Make more, or change"):
+        sides(tmp_path, few)
 
 
 @pytest.mark.parametrize(

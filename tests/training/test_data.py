@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 
 import specjax as sj
-from specjax.training.data import Conversation, attention_mask, conversations, cut_tokens, packed
+from specjax.training.data import (
+    Conversation,
+    PackedConfig,
+    attention_mask,
+    check_cut,
+    conversations,
+    cut_tokens,
+    labels,
+    packed,
+    packed_steps,
+)
 
 
 def made(count, seed=0, width=3):
@@ -110,6 +120,76 @@ def test_what_is_cut_is_counted(length):
     kept = sum(int(batch["answer"].sum()) for batch in all_rows(data, length=length))
     assert said - kept == cut_tokens(data, length)
     assert (said > kept) == (length < 24)
+
+
+LENGTHS = {
+    "one that halves badly": lambda rng: 300,
+    "full rows": lambda rng: 512,
+    "beyond": lambda rng: 900,
+    "short": lambda rng: int(rng.integers(2, 60)),
+    "any": lambda rng: int(rng.integers(2, 700)),
+    "a few long ones": lambda rng: int(min(700, 2 + rng.exponential(60))),
+}
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize(("epochs", "accumulate"), [(1, 1), (3, 2)])
+def test_a_run_visits_every_conversation_in_every_epoch(lengths, epochs, accumulate):
+    """But for those in the rows that fill no update any more: the packing itself is counted, not its tokens."""
+    rng = np.random.default_rng(0)
+    sizes = [LENGTHS[lengths](rng) for _ in range(130)]
+    data = [Conversation(np.full(1, i), np.full(size - 1, i)) for i, size in enumerate(sizes)]
+    config = PackedConfig(epochs=epochs, batch_size=2, length=512, seed=3, accumulate=accumulate)
+    seen = [
+        [int(batch["tokens"][0][batch["segments"][0] == s][0]) for s in range(1, batch["segments"].max() + 1)]
+        for batch in packed(data, length=512, batch_size=1, seed=3, epochs=epochs)
+    ]
+    trained = 2 * packed_steps(data, config)
+    assert 0 <= len(seen) - trained < 2 * accumulate
+    assert (np.bincount(np.concatenate(seen)) == epochs).all()
+    assert (np.bincount(np.concatenate(seen[:trained])) <= epochs).all()
+
+
+def test_rows_are_counted_where_their_tokens_would_not_fill_a_batch():
+    """Eight conversations that are each a little more than half a row make eight rows, not five."""
+    data = [Conversation(np.zeros(1, int), np.zeros(12, int)) for _ in range(8)]
+    assert packed_steps(data, PackedConfig(epochs=1, batch_size=4, length=24)) == 2
+    (batch,) = packed(data, length=24, batch_size=8, seed=0, epochs=1)
+    assert (batch["segments"].max(1) == 1).all()
+    with pytest.raises(sj.DataError, match=r"104 tokens, 8 rows in 1 epochs, do not fill two batches of 5 x 24, 1 tim"):
+        packed_steps(data, PackedConfig(epochs=1, batch_size=5, length=24))
+    with pytest.raises(sj.DataError, match="0 rows in 1 epochs, do not fill"):
+        packed_steps([], PackedConfig(epochs=1))
+
+
+def test_what_there_is_to_learn():
+    mask = np.array([1, 1, 1, 0, 1, 0, 1, 1], bool)
+    item = Conversation(np.array([10, 11]), np.arange(8), mask=mask)
+    assert labels(item, 99, 1).tolist() == [0, 1, 2, 4, 6, 7]
+    assert labels(item, 99, 2).tolist() == [1, 2, 7]
+    assert labels(item, 9, 2).tolist() == [1, 2]
+    assert labels(item, 3, 1).tolist() == [0]
+    assert [len(labels(item, length, 2)) for length in (0, 1, 2, 3, 4)] == [0, 0, 0, 0, 1]
+    whole = Conversation(np.zeros(0, int), np.arange(3))
+    assert (labels(whole, 3, 1).tolist(), labels(whole, 3, 2).tolist()) == ([1, 2], [2])  # no slot before the first
+
+
+def test_text_is_refused_where_the_cut_leaves_nothing_to_learn(recwarn):
+    data = [Conversation(np.zeros(5, int), np.zeros(4, int)), Conversation(np.zeros(9, int), np.zeros(2, int))]
+    check_cut(data, 11, "training", ahead=2)
+    assert not recwarn
+    with pytest.warns(
+        UserWarning, match=r"the training text is cut at length 9, .* 2 of its 6 answer tokens \(33.3%\)"
+    ):
+        check_cut(data, 9, "training", ahead=2)
+    cut = r"the evaluation text is cut at length 6, which takes 5 of its 6 .*no label; set its length to .*\(11 "
+    with pytest.raises(sj.DataError, match=cut):
+        check_cut(data, 6, "evaluation", ahead=2)
+    with pytest.warns(UserWarning, match="takes 5 of its 6"):
+        check_cut(data, 6, "evaluation", ahead=1)
+    short = [Conversation(np.zeros(3, int), np.zeros(1, int))]
+    with pytest.raises(sj.DataError, match="none of the 1 conversations in the training text has 2 of the assistant's"):
+        check_cut(short, 2, "training", ahead=2)
 
 
 def test_refusals():

@@ -1,6 +1,7 @@
 """Distilling a draft: the loss by hand, what does not count, and a draft that is accepted more than before."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,8 @@ from conftest import tiny_config, tiny_model
 import specjax as sj
 from specjax.loading.load import load_draft, save_draft
 from specjax.model import forward, unembed
-from specjax.training.data import conversations, packed
+from specjax.training import loop
+from specjax.training.data import conversations, packed, packed_steps
 from specjax.training.distill import answer
 from specjax.training.draft import (
     DIVERGENCES,
@@ -170,9 +172,27 @@ def test_the_optimiser_is_the_one_of_the_config_and_so_is_the_run(text, tmp_path
         ({"training": dataclasses.replace(training, b2=0.9)}, r"training\.b2 0\.95 \(now 0\.9\)"),
         ({"data": data[17:]}, r"data\.conversations 80 \(now 79\)"),
         ({"weights": tiny_model(6, vocab=VOCAB, hidden_size=32, num_layers=1).params}, r"target '\w+' \(now '\w+'\)"),
+        (
+            {"weights": jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), target.params)},
+            r"target_dtype 'float32' \(now 'bfloat16'\)",
+        ),
     ):
         with pytest.raises(sj.CheckpointError, match=f"was begun with .*{message}.*name another --output-dir"):
             fit(**changes)
+
+
+def test_a_run_gets_the_batches_of_its_epochs(text, tmp_path, monkeypatch):
+    """And no more: without an end, its last rows would hold conversations of a further epoch in place of its own."""
+    target, data = text
+    training = DistilConfig(epochs=2, batch_size=2, length=64)
+
+    def fit(step, state, batches, *, steps, **others):
+        assert len(list(itertools.islice(batches, steps + 1))) == steps == packed_steps(data, training)
+        raise InterruptedError
+
+    monkeypatch.setattr(loop, "fit", fit)
+    with pytest.raises(InterruptedError):
+        distil(draft_config(9), target.params, reduced_map(np.arange(8)), data, data[:9], training, tmp_path)
 
 
 def test_refusals(text, tmp_path):
@@ -185,6 +205,10 @@ def test_refusals(text, tmp_path):
     config = dataclasses.replace(draft_config(9), hidden_size=64)
     with pytest.raises(sj.ConfigError, match="hidden_size 64 exceeds"):
         init_draft(jax.random.key(0), config, target.params, token_map)
+    long = [dataclasses.replace(item, prompt=np.resize(item.prompt, 64)) for item in data]
+    for pair, what in (((long, data), "training"), ((data, long), "evaluation")):
+        with pytest.raises(sj.DataError, match=rf"the {what} text is cut at length 64, .* leaves no label; set its"):
+            distil(draft_config(9), target.params, token_map, *pair, DistilConfig(length=64), tmp_path)
     with pytest.raises(sj.DataError, match="do not fill two batches of 8 x 256"):
         distil(draft_config(9), target.params, token_map, data[:1], data, DistilConfig(epochs=1), tmp_path)
     save_draft(

@@ -18,7 +18,7 @@ from specjax.analysis.simulate import simulate
 from specjax.analysis.table import RankTable
 from specjax.experiment import load_config, run_config
 from specjax.loading.heads import heads_metadata
-from specjax.training import loop
+from specjax.training import fit_draft_heads, fit_random, loop
 from specjax.training.distillation import Distillation
 from specjax.training.fit import FitHeads
 from specjax.training.quality import default_tree
@@ -144,13 +144,47 @@ def test_going_on_from_heads_and_averaging(fitted, tmp_path):
         run(dataclasses.replace(changed, tree="chain:4"), tmp_path / "deep")
 
 
-def test_heads_to_go_on_from_are_looked_for_before_the_text_is_made(tmp_path):
-    data = Distillation(str(tmp_path / "text"), shards=2, shard_size=2, batch_size=2, max_answer_tokens=4)
-    target = str(save_chat_model(tmp_path / "target"))
-    config = FitHeads(name="tiny", model=target, data=data, start_from=str(tmp_path / "none"))
-    with pytest.raises(sj.CheckpointError, match="there are no heads"):
+REDUCED = r"reduced_vocab_size is 9999; expected 1 to \d+, the model's vocabulary\. Set it to None"
+TOLD_AT_ONCE = [
+    ({"start_from": "none"}, sj.CheckpointError, "there are no heads"),
+    ({"tree": "chain:9"}, sj.TreeError, "4 heads can fill a depth of 4"),
+    ({"tree": "nosuch"}, sj.TreeError, "no tree 'nosuch'"),
+    ({"num_heads": 0}, sj.ConfigError, "num_heads is 0; expected an integer of at least 1"),
+    ({"reduced_vocab_size": 9999}, sj.ConfigError, REDUCED),
+    ({"reduced_vocab_size": 0}, sj.ConfigError, "reduced_vocab_size is 0; expected 1 to 256"),
+]
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory):
+    return str(save_chat_model(tmp_path_factory.mktemp("target")))
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), TOLD_AT_ONCE)
+def test_what_needs_no_text_to_be_told_is_told_before_it_is_made(chat_model, tmp_path, changes, error, message):
+    data = Distillation(
+        str(tmp_path / "text"), "seeds", shards=2, shard_size=2, batch_size=2, max_answer_tokens=4, evaluation_share=0.5
+    )
+    if "start_from" in changes:
+        changes = {"start_from": str(tmp_path / changes["start_from"])}
+    config = FitHeads(name="tiny", model=chat_model, data=data, **({"reduced_vocab_size": None} | changes))
+    with pytest.raises(error, match=message):
         run(config, tmp_path / "out")
     assert not (tmp_path / "text").exists()
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [(fit_random, "train_tiny_qwen2"), (fit_draft_heads, "train_smollm2_draft_medusa")]
+)
+def test_other_text_is_not_made_either(tmp_path, monkeypatch, module, name):
+    monkeypatch.setattr(module, "answer", lambda *args, **options: pytest.fail("the text was made"))
+    config = load_config(EXPERIMENTS / f"{name}.py")
+    for changes, error, message in (
+        ({"tree": "chain:9"}, sj.TreeError, "heads can fill a depth of"),
+        ({"reduced_vocab_size": 9999}, sj.ConfigError, REDUCED),
+    ):
+        with pytest.raises(error, match=message):
+            run(dataclasses.replace(config, **changes), tmp_path)
 
 
 def test_heads_for_distilled_text_name_the_target_as_it_is_loaded(tmp_path):

@@ -1,5 +1,6 @@
 """Distilling a draft model end to end, as `specjax run` runs it."""
 
+import dataclasses
 import json
 
 import jax
@@ -105,6 +106,27 @@ def test_the_run_is_followed(distilled):
     assert set(result["throughput"]) == {"steps_per_second", "tokens_per_second"}
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        *(
+            (["--reduced-vocab-size", size], f"reduced_vocab_size is {size}; expected 2 to 255")
+            for size in ("0", "1", "256", "8192")
+        ),
+        (["--num-heads", "0"], "num_heads is 0; expected at least 1"),
+        (["--num-kv-heads", "0"], "num_kv_heads is 0; expected a positive integer"),
+        (["--hidden-size", "64"], "hidden_size is 64; expected at most 32, the target's"),
+    ],
+)
+def test_a_shape_that_does_not_fit_is_refused_before_the_text_is_made(distilled, tmp_path, capsys, options, message):
+    _, (run, file, *_), _, _ = distilled
+    text = tmp_path / "text"
+    command = [run, file, "--output-dir", str(tmp_path / "out"), "--data.directory", str(text)]
+    assert main([*command, *options]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not text.exists()
+
+
 def test_a_draft_is_evaluated_on_new_answers(distilled, tmp_path):
     """To other prompts than those that the draft learned from; before training, the target took next to nothing."""
     target, _, out, result = distilled
@@ -122,3 +144,7 @@ def test_a_draft_is_evaluated_on_new_answers(distilled, tmp_path):
     assert evaluated["evaluation"]["text"] < before["text"]
     with pytest.raises(ConfigError, match="has no token map"):
         EvaluateDraft("evaluated", str(target), str(target), data).run(tmp_path, Console())
+    unmade = dataclasses.replace(data, directory=str(tmp_path / "none"))
+    with pytest.raises(ConfigError, match="batch_size"):
+        EvaluateDraft("evaluated", str(target), str(out / "draft"), unmade, batch_size=0).run(tmp_path, Console())
+    assert not (tmp_path / "none").exists()

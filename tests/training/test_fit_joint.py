@@ -20,12 +20,15 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from conftest import save_chat_model
+from jax.sharding import AbstractMesh, AxisType
 
 import specjax as sj
 from specjax.cli import main
+from specjax.fingerprint import fingerprint
 from specjax.heads import init_heads
 from specjax.loading.heads import heads_metadata
 from specjax.training import loop
+from specjax.training.mesh import MeshConfig
 from specjax.training.quality import selected
 
 ROOT = Path(__file__).parents[2]
@@ -184,7 +187,7 @@ def get_config():
 """
 
 
-def test_going_on_from_heads(experiment, alone, tmp_path, capsys):
+def test_going_on_from_heads(target, experiment, alone, tmp_path, capsys):
     """Two stages, each from heads that there are, whose number and vocabulary hold: Medusa-1, then Medusa-2."""
     whole, result = alone
     (tmp_path / "one.py").write_text(STAGE_ONE.format(str(experiment)))
@@ -214,7 +217,11 @@ def test_going_on_from_heads(experiment, alone, tmp_path, capsys):
         np.testing.assert_array_equal(ours["token_map"], theirs["token_map"])
         assert (ours["params.kernel_0"] != theirs["params.kernel_0"]).any()
     named = [heads_metadata(tmp_path / out / "heads.safetensors").get("backbone") for out in ("one", "two")]
-    assert named == [None, "backbone"]
+    assert named == [None, fingerprint(sj.load_model(tmp_path / "two" / "backbone").params)]
+    convert = ["convert", "--heads", str(tmp_path / "two" / "heads.safetensors"), "--to", "vllm", "--output-dir"]
+    assert main([*convert, str(tmp_path / "b"), "--model", str(tmp_path / "two" / "backbone")]) == 0
+    assert main([*convert, str(tmp_path / "a"), "--model", str(target)]) == 2
+    assert "fitted together with a backbone" in capsys.readouterr().err
 
     run = ["run", str(experiment), *other]
     (tmp_path / "two" / "result.json").unlink()  # a run that was stopped, gone on with as if from the LM head
@@ -234,6 +241,37 @@ def test_going_on_from_heads(experiment, alone, tmp_path, capsys):
     worse = ["--start-from", str(whole / "heads.safetensors"), "--training.learning-rate", "100"]
     assert main([*run, "--output-dir", str(tmp_path / "worse"), *worse]) == 0
     assert "try a lower learning rate, or more text" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tree", "nosuch"], "no tree 'nosuch'"),
+        (["--num-heads", "0"], "num_heads is 0; expected an integer of at least 1"),
+        (
+            ["--reduced-vocab-size", "8192"],
+            "reduced_vocab_size is 8192; expected 1 to 256, the model's vocabulary. Set",
+        ),
+        (["--reduced-vocab-size", "0"], "reduced_vocab_size is 0; expected 1 to 256"),
+        (["--mesh.data", "3"], "a batch of 4 rows does not divide over mesh axis 'data' of size 3"),
+        (["--mesh.model", "3"], "of size 256 does not divide over mesh axis 'model' of size 3"),
+        (["--mesh.model", "4"], "axis K of size 2 does not divide over mesh axis 'model' of size 4"),
+        (["--mesh.model", "2", "--reduced-vocab-size", "127"], "heads' vocabulary of 127 tokens does not divide over"),
+    ],
+)
+def test_what_needs_no_text_to_be_told_is_told_before_it_is_made(
+    experiment, tmp_path, capsys, monkeypatch, options, message
+):
+    def build(self):  # as if there were so many devices
+        axes = (AxisType.Auto,) * 2
+        return AbstractMesh((self.data or 1, self.model), ("data", "model"), axis_types=axes)
+
+    monkeypatch.setattr(MeshConfig, "build", build)
+    text, out = tmp_path / "text", tmp_path / "out"
+    command = ["run", str(experiment), "--output-dir", str(out), "--data.directory", str(text)]
+    assert main([*command, *options]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not text.exists()
 
 
 def test_two_hosts_give_the_result_of_one(experiment, tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from conftest import noisy_heads, tiny_model
 import specjax as sj
 from specjax.heads import draft_projection, init_heads
 from specjax.model import forward, unembed
-from specjax.training import losses
+from specjax.training import loop, losses
 from specjax.training.corpus import turns
 from specjax.training.data import Conversation, packed, packed_steps
 from specjax.training.distill import Answers
@@ -316,11 +317,55 @@ def test_the_best_checkpoint_of_averaged_accumulated_steps(model, tmp_path):
         ({"data": language(90, 2)}, r"data\.fingerprint '\w+' \(now '\w+'\): "),
         ({"held_out": language(8, 1)}, r"held_out\.conversations 9 \(now 8\)"),
         ({"weights": tiny_model(1).params}, r"target '\w+' \(now '\w+'\)"),
+        (
+            {"weights": jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model.params)},
+            r"target_dtype 'float32' \(now 'bfloat16'\)",
+        ),
     ):
         with pytest.raises(sj.CheckpointError, match=f"was begun with .*{message}.*name another --output-dir"):
             fit(**changes)
     last = fit(dataclasses.replace(settings, select="last", keep=3, checkpoint_every=9))  # those are free
     assert last.log == fitted.log
+
+
+def test_a_run_without_a_label_is_refused_before_its_first_step(model, tmp_path):
+    """As where every prompt is longer than a row: each loss would be zero. Where a part is cut, it is told how much."""
+    heads, on = noisy_heads(model, 2), MeshConfig(1, 1).build()
+    long = [Conversation(np.resize(item.prompt, 23), item.answer) for item in language(20, 0)]
+    narrow = sj.Heads({}, jnp.array([60]), sj.MedusaConfig(2, 16, 61, reduced_vocab_size=1))
+
+    def fit(data, held_out, heads=heads, settings=MEDUSA1):
+        return fit_joint(model.config, model.params, heads, data, held_out, settings, tmp_path / "run", on=on)
+
+    for data, held_out, what in ((long, language(9, 1), "training"), (language(60, 0), long, "evaluation")):
+        answers = sum(len(item.answer) for item in long)
+        message = f"the {what} text is cut at length 24, which takes {answers - 20} of its {answers} answer tokens and "
+        with pytest.raises(sj.DataError, match=f"{message}.*set its length to more"):
+            fit(data, held_out, settings=MEDUSA2)
+    unsaid = [Conversation(np.array([1, 2]), np.arange(3, 13)) for _ in range(20)]
+    with pytest.raises(sj.DataError, match="no token of the text is in the heads' reduced vocabulary"):
+        fit(unsaid, language(9, 1), narrow)
+    assert not (tmp_path / "run").exists()
+    settings = dataclasses.replace(MEDUSA1, length=10, batch_size=2, epochs=1, checkpoint_every=100)
+    cut = r"the training text is cut at length 10, which takes 16 of its \d+ answer tokens \(\d+\.\d%\); set its"
+    with pytest.warns(UserWarning, match=cut):
+        fitted = fit(language(8, 0), language(4, 1), settings=settings)
+    assert [r["step"] for r in fitted.log if "loss" in r] == [1, 2, 3, 4]  # eight rows
+
+
+def test_a_run_gets_the_batches_of_its_epochs(model, tmp_path, monkeypatch):
+    """And no more: without an end, its last rows would hold conversations of a further epoch in place of its own."""
+
+    def fit(step, state, batches, *, steps, **others):
+        assert len(list(itertools.islice(batches, steps + 1))) == steps == 22
+        raise InterruptedError
+
+    monkeypatch.setattr(loop, "fit", fit)
+    on = MeshConfig(1, 1).build()
+    with pytest.raises(InterruptedError):
+        fit_joint(
+            model.config, model.params, noisy_heads(model, 2), language(90, 0), language(9, 1), MEDUSA1, tmp_path, on=on
+        )
 
 
 def test_refusals(model, tmp_path):

@@ -224,11 +224,24 @@ def test_the_log_and_the_final_state(tmp_path):
 
 def test_a_bad_loss_keeps_the_last_good_checkpoint(tmp_path):
     bad = counting().map(lambda row: {"x": np.float32(np.nan) if row["x"] == 14 else row["x"]})
-    with pytest.raises(sj.DataError, match="loss of step 15 is nan"):
+    saved = r"loss of step 15 is nan; the last state that was saved is step 10's, in .*checkpoints\. .*another --output"
+    with pytest.raises(sj.DataError, match=saved):
         loop.fit(add, START, bad, steps=30, directory=tmp_path, checkpoint_every=10)
     assert checkpoint.latest(tmp_path / "checkpoints") == 10
+    with pytest.raises(sj.DataError, match=saved):  # found there by a run that goes on
+        loop.fit(add, START, bad, steps=30, directory=tmp_path, checkpoint_every=10)
     state, _ = loop.fit(add, START, counting(), steps=20, directory=tmp_path, checkpoint_every=10)
     assert float(state["sum"]) == sum(range(20))
+
+
+def test_a_bad_loss_before_the_first_checkpoint(tmp_path):
+    """There is no state to point to, and with nothing kept other settings may take the same directory."""
+    bad = counting().map(lambda row: {"x": np.float32(np.nan) if row["x"] == 4 else row["x"]})
+    with pytest.raises(sj.DataError, match=r"loss of step 5 is nan; nothing had been saved.*begin again") as refused:
+        loop.fit(add, START, bad, steps=30, directory=tmp_path, checkpoint_every=10, settings={"rate": 0.2})
+    assert "checkpoints" not in str(refused.value)
+    again = loop.fit(add, START, counting(), steps=5, directory=tmp_path, checkpoint_every=5, settings={"rate": 0.1})
+    assert float(again.state["sum"]) == sum(range(5))
 
 
 def test_refusals(tmp_path):

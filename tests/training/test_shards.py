@@ -189,6 +189,10 @@ def test_the_feature_budget(tiny, prompts, whole, tmp_path):
     assert not list(tmp_path.iterdir())
     exact = (SHARDS * SIZE - 1) * LENGTH * 16 * 2 / 1e9  # all shards are there: what they hold counts
     distilled(tiny, settings(whole[0].parent, prompts, feature_budget_gb=exact), QUIET)
+    one = SIZE * LENGTH * 16 * 2 / 1e9  # of five shards that are there, only those that are asked for
+    assert distilled(tiny, settings(whole[0].parent, prompts, shards=1, feature_budget_gb=one), QUIET) == whole[:1]
+    with pytest.raises(sj.DataError, match="up to 24 tokens"):
+        distilled(tiny, settings(whole[0].parent, prompts, shards=1, feature_budget_gb=one * 0.99), QUIET)
     check_budget(1000, tiny.config, 1000 * 16 * 2 / 1e9)
 
 

@@ -249,6 +249,10 @@ def test_a_run_with_other_settings_heads_or_data_is_refused(cyclic, tmp_path):
             r"data\.text '' \(now 'with another",
         ),
         ({"model": tiny_model(1)}, r"target '\w+' \(now '\w+'\)"),
+        (
+            {"model": dataclasses.replace(model, params=jax.tree.map(lambda p: p.astype(jnp.bfloat16), model.params))},
+            r"target_dtype 'float32' \(now 'bfloat16'\)",
+        ),
     ):
         asked = {"heads": heads, "model": model, "data": data, "held_out": check, "config": config, "tree": None}
         asked |= changes
