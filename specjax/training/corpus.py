@@ -24,7 +24,6 @@ from specjax.training.identity import text_identity
 
 _CHUNK = 256  # tokens of a sequence in one forward pass
 _BATCH = 4096  # tokens in one pass over several sequences
-_TELLING = 32  # tokens of a turn; that many are hardly said twice unless one is a copy of the other
 
 
 class Split(NamedTuple):
@@ -37,9 +36,8 @@ class Split(NamedTuple):
 def split(data: Sequence[Conversation], share: float) -> Split:
     """Splits by a hash of the prompt (all before the first answer), which neither order nor company changes.
 
-    Conversations with the same answer are kept once. One is not evaluated on where what the assistant says in it is
-    trained on anywhere: a turn of 32 tokens or more, or turns that make up half of all that it says. A short turn
-    beside others, such as "You're welcome!" in every chat, is no leak: what stands before it differs.
+    Conversations with the same answer are kept once. An assistant turn that is trained on anywhere, such as "You're
+    welcome!", is not evaluated on: it stands as context to the other turns, and a conversation without any is left out.
 
     Args:
       share: about this part of the prompts goes to the evaluation.
@@ -54,14 +52,14 @@ def split(data: Sequence[Conversation], share: float) -> Split:
     training = _distinct([item for item, out in zip(data, held, strict=True) if not out])
     seen = set().union(*map(_turn_digests, training))
     candidates = [item for item, out in zip(data, held, strict=True) if out]
-    apart = [item for item in candidates if not _leaks(item, seen)]
+    apart = [kept for item in candidates if (kept := _without(item, seen)) is not None]
     evaluation = _distinct(apart)
     if not training or not evaluation:
         remedy = "Make more, or change the share."
         if leaks := len(candidates) - len(apart):
             remedy = (
-                f"{leaks} that were held out are left out, because what the assistant says in them recurs in those to "
-                "train on: take recurring turns out of the text, or add other conversations."
+                f"{leaks} that were held out are left out, because all that the assistant says in them recurs in those "
+                "to train on: take recurring turns out of the text, or add other conversations."
             )
         raise DataError(
             f"of {len(data)} conversations {len(training)} are left to train on and {len(evaluation)} to evaluate "
@@ -88,10 +86,27 @@ def _turn_digests(item: Conversation) -> set[bytes]:
     return {_digest(tokens) for _, tokens, _ in turns(item)}
 
 
-def _leaks(item: Conversation, seen: set[bytes]) -> bool:
-    sizes = [(len(tokens), _digest(tokens) in seen) for _, tokens, _ in turns(item)]
-    known = [size for size, again in sizes if again]
-    return bool(known) and (max(known) >= _TELLING or 2 * sum(known) >= sum(size for size, _ in sizes))
+def _without(item: Conversation, seen: set[bytes]) -> Conversation | None:
+    """The conversation with those assistant turns as mere context; None where no other is left."""
+    kept = [span for span in _spans(item) if _digest(item.answer[slice(*span)]) not in seen]
+    if len(kept) == len(_spans(item)):
+        return item
+    if not kept:
+        return None
+    said = np.zeros(len(item.answer), bool)
+    for span in kept:
+        said[slice(*span)] = True
+    rest = slice(kept[0][0], kept[-1][1])
+    features = None if item.features is None else item.features[rest]
+    prompt = np.concatenate([item.prompt, item.answer[: rest.start]])
+    return Conversation(prompt, item.answer[rest], features, said[rest])
+
+
+def _spans(item: Conversation) -> list[tuple[int, int]]:
+    """Where in the answer the assistant's turns begin and end."""
+    said = np.ones(len(item.answer), bool) if item.mask is None else item.mask
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], said, [False]])))
+    return [(int(begin), int(end)) for begin, end in edges.reshape(-1, 2)]
 
 
 def _digest(tokens: Int[np.ndarray, "n"]) -> bytes:
@@ -100,9 +115,7 @@ def _digest(tokens: Int[np.ndarray, "n"]) -> bytes:
 
 def turns(conversation: Conversation) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
     """(all before it, its tokens, their features) of every assistant turn."""
-    said = np.ones(len(conversation.answer), bool) if conversation.mask is None else conversation.mask
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], said, [False]])))
-    for begin, end in edges.reshape(-1, 2):
+    for begin, end in _spans(conversation):
         before = np.concatenate([conversation.prompt, conversation.answer[:begin]])
         features = conversation.features
         yield before, conversation.answer[begin:end], None if features is None else features[begin:end]

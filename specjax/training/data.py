@@ -81,12 +81,13 @@ def packed_steps(data: Sequence[Conversation], config: PackedConfig) -> int:
 
 
 def packed_rows(data: Sequence[Conversation], *, length: int, seed: int, epochs: int) -> int:
-    """How many rows `packed` makes in `epochs`: the same packing of lengths alone, in a hundredth of the time."""
+    """How many rows `packed` makes in `epochs`: Grain's first-fit packing, of lengths alone."""
     if not data:
         return 0
     full, free = 0, list[int]()  # rows of the sets that are complete; what is free in those that are being filled
-    for i in _order(len(data), seed, epochs):
-        size = min(len(data[i]), length)
+    order = _order(len(data), seed, epochs)
+    for at in range(len(order)):  # Grain's own iterator takes twenty times as long
+        size = min(len(data[order[at]]), length)
         fits = next((row for row, room in enumerate(free) if size <= room), None)
         if fits is not None:
             free[fits] -= size

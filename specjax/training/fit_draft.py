@@ -28,7 +28,7 @@ class FitDraft:
     """Distils a Qwen2 of the given shape, with a reduced vocabulary, on text of the target's own.
 
     The vocabulary is always reduced: one row stands for all tokens that the draft does not say, so that there must be
-    some. At least as many rows as the target has tokens are refused.
+    some. More rows than the target has tokens are refused.
     """
 
     name: str
@@ -91,9 +91,9 @@ class FitDraft:
         }
 
     def _shape(self, target: ModelConfig) -> ModelConfig:
-        if not 2 <= self.reduced_vocab_size < target.vocab_size:
+        if not 2 <= self.reduced_vocab_size <= target.vocab_size:
             raise ConfigError(
-                f"reduced_vocab_size is {self.reduced_vocab_size}; expected 2 to {target.vocab_size - 1}: tokens that "
+                f"reduced_vocab_size is {self.reduced_vocab_size}; expected 2 to {target.vocab_size}: tokens that "
                 f"the draft says and a row for all others of the target's {target.vocab_size}. Choose one of these."
             )
         if self.num_heads < 1:

@@ -101,8 +101,9 @@ class FitJoint:
         fit = functools.partial(
             fit_joint, model.config, model.params, heads, text, held_out, training, output_dir, on=mesh, tree=tree
         )
+        # In all processes, so that none waits long for the first one.
+        steps, tokens = packed_steps(text, training), training.batch_size * training.length
         if first:
-            steps, tokens = packed_steps(text, training), training.batch_size * training.length
             with RunMonitor(output_dir, console, steps=steps, tokens_per_step=tokens) as monitor:
                 fitted = fit(monitor=monitor, report=lambda record: console.print(evaluation_line(record)))
         else:

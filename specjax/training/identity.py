@@ -103,7 +103,7 @@ def check(file: Path, settings: Mapping[str, Any]) -> None:
     if differing:
         raise CheckpointError(
             f"the run in {file.parent} was begun with {'; '.join(differing)}: go back to what the run was begun with, "
-            "or name another --output-dir."
+            "or name another --output-dir (what is absent, an older version did not ask for)."
         )
 
 

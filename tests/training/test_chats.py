@@ -119,49 +119,87 @@ def test_turns_train_apart_and_rows_mark_them(model):
     assert batch["answer"][0].tolist() == [False] * 2 + item.mask.tolist()
 
 
-def sides(directory, chats):
-    """The first user turns of the chats to train on and of those to evaluate with."""
+def halves(directory, chats):
+    """The chats to train on and those to evaluate with, made of (user, assistant, user, ...)."""
     file = directory / "c.jsonl"
     names = ("user", "assistant") * 4
     lines = [{"messages": [{"role": r, "content": t} for r, t in zip(names, chat, strict=False)]} for chat in chats]
     file.write_text("\n".join(map(json.dumps, lines)))
-    tokenizer = byte_tokenizer(CHATML, ("<|s|>", "<|e|>"), eos="<|e|>")
-    parts = split(read_conversations(file, tokenizer, max_tokens=1000), 0.3)
-    return [{tokenizer.decode(item.prompt).split("\n")[1] for item in part} for part in parts]
+    return split(read_conversations(file, TURNED, max_tokens=1000), 0.3)
 
 
-def test_a_short_turn_that_recurs_is_no_leak(tmp_path):
-    alone = [[f"ask {i}", f"this is the whole of answer number {i}"] for i in range(40)]
-    training, evaluation = expected = sides(tmp_path, alone)
-    assert len(training | evaluation) == 40
-    assert min(map(len, expected)) > 5
-    # Whatever else is said in every chat, the prompts stay on their sides.
-    assert sides(tmp_path, [[*chat, "Thanks!", "You're welcome!"] for chat in alone]) == expected
-    assert sides(tmp_path, [[ask, "Yes.", "so?", answer] for ask, answer in alone]) == expected
-    assert sides(tmp_path, [[ask, answer, f"more {ask}", "Yes."] for ask, answer in alone]) == expected
+TURNED = byte_tokenizer(CHATML, ("<|s|>", "<|e|>"), eos="<|e|>")
 
 
-def test_what_is_trained_on_is_not_evaluated_on(tmp_path):
-    alone = [[f"ask {i}", f"this is the whole of answer number {i}"] for i in range(40)]
-    training, evaluation = sides(tmp_path, alone)
-    long = "said word for word in two chats"
-    assert len(long) == 31  # and its end: 32 tokens
-    (trained, other), held = sorted(training)[:2], sorted(evaluation)[:2]
-    extra = {trained: long, held[0]: long, other: long[1:], held[1]: long[1:]}
-    changed = [[*chat, "go on", extra.get(chat[0], f"so {chat[0]}")] for chat in alone]
-    assert sides(tmp_path, changed) == [training, evaluation - {held[0]}]
-    # Half of what is said: a short answer, that another chat has as a later turn, or beside one of its length.
-    short = [[ask, {held[0]: "Yes.", held[1]: "Yes."}.get(ask, answer)] for ask, answer in alone]
-    short = [[*chat, *{trained: ["so?", "Yes."], held[1]: ["so?", "No!!"]}.get(chat[0], [])] for chat in short]
-    assert sides(tmp_path, short) == [training, evaluation - {held[0], held[1]}]
-    # All of them leak: more text of that kind would not help, and the message says what would.
-    recurring = [[*chat, "go on", long] for chat in alone]
-    leaks = len(evaluation)
-    with pytest.raises(sj.DataError, match=rf" and 0 to evaluate .* {leaks} that were held out .* recurs .* take rec"):
-        sides(tmp_path, recurring)
+def asked(data):
+    """The first user turns."""
+    return {TURNED.decode(item.prompt).split("\n")[1] for item in data}
+
+
+def spoken(data):
+    """What the assistant says in every chat, turn by turn."""
+    return {tuple(TURNED.decode(tokens) for _, tokens, _ in turns(item)) for item in data}
+
+
+def test_turns_that_recur_are_context_to_the_others(tmp_path):
+    alone = [[f"ask {i}", f"answer number {i}"] for i in range(40)]
+    plain = halves(tmp_path, alone)
+    sides = [asked(part) for part in plain]
+    assert len(sides[0] | sides[1]) == 40
+    assert min(map(len, sides)) > 5
+    recurring = [
+        [[*chat, "Thanks!", "You're welcome!"] for chat in alone],
+        [[ask, "Yes.", "so?", answer] for ask, answer in alone],
+        [[ask, "Yes.", "so?", answer, "and?", "No.", "then?", f"{answer} more"] for ask, answer in alone],
+    ]
+    for chats in recurring:
+        training, evaluation = halves(tmp_path, chats)
+        assert [asked(training), asked(evaluation)] == sides  # whatever else is said, prompts stay on their sides
+        said = {turn for chat in spoken(training) for turn in chat}
+        assert not said & {turn for chat in spoken(evaluation) for turn in chat}
+        assert {chat[0] for chat in spoken(evaluation)} == {chat[0] for chat in spoken(plain.evaluation)}
+        for item in evaluation:  # all that stood before is still there
+            text = TURNED.decode([*item.prompt, *item.answer], skip_special_tokens=False)
+            chat = next(chat for chat in chats if f"{chat[0]}<|e|>" in text)
+            assert (
+                text
+                == TURNED.render_chat(
+                    [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(chat)],
+                    add_generation_prompt=False,
+                )[: len(text)]
+            )
+    assert {len(chat) for chat in spoken(evaluation)} == {2}  # two of the four turns of the last kind recur
+
+
+def test_features_stay_beside_their_tokens():
+    features = np.arange(6.0)[:, None]
+    said = np.array([1, 1, 0, 1, 0, 1], bool)
+    chats = [Conversation(np.array([i]), np.array([7, 8, 0, i, 0, 9]), features, said) for i in range(30)]
+    training, evaluation = split(chats, 0.5)
+    assert training
+    for item in evaluation:
+        (prompt, answer) = (item.prompt.tolist(), item.answer.tolist())
+        number = prompt[0]
+        assert (prompt, answer) == ([number, 7, 8, 0], [number])
+        assert (item.features.tolist(), item.mask.tolist()) == ([[3.0]], [True])
+
+
+def test_a_chat_of_which_everything_is_trained_on_is_left_out(tmp_path):
+    alone = [[f"ask {i}", f"answer number {i}"] for i in range(40)]
+    training, evaluation = (asked(part) for part in halves(tmp_path, alone))
+    trained, held = min(training), min(evaluation)
+    # As a later turn of another chat.
+    chats = [[ask, "Yes." if ask == held else answer] for ask, answer in alone]
+    chats = [[*chat, "so?", "Yes."] if chat[0] == trained else chat for chat in chats]
+    assert asked(halves(tmp_path, chats).evaluation) == evaluation - {held}
+    # All of them: more text of that kind would not help, and the message says what would.
+    with pytest.raises(
+        sj.DataError, match=rf" and 0 to evaluate .* {len(evaluation)} that were held out .* recurs .* take rec"
+    ):
+        halves(tmp_path, [[ask, "Yes."] for ask, _ in alone])
     few = [chat for chat in alone if chat[0] in training]
     with pytest.raises(sj.DataError, match=r" and 0 to evaluate .* both sides need some\. Make more, or change"):
-        sides(tmp_path, few)
+        halves(tmp_path, few)
 
 
 @pytest.mark.parametrize(

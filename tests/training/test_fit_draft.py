@@ -110,8 +110,8 @@ def test_the_run_is_followed(distilled):
     ("options", "message"),
     [
         *(
-            (["--reduced-vocab-size", size], f"reduced_vocab_size is {size}; expected 2 to 255")
-            for size in ("0", "1", "256", "8192")
+            (["--reduced-vocab-size", size], f"reduced_vocab_size is {size}; expected 2 to 256")
+            for size in ("0", "1", "257", "8192")
         ),
         (["--num-heads", "0"], "num_heads is 0; expected at least 1"),
         (["--num-kv-heads", "0"], "num_kv_heads is 0; expected a positive integer"),

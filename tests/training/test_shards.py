@@ -291,8 +291,12 @@ def test_the_split_depends_on_no_order():
 def test_a_later_turn_leaks_neither():
     turn = np.array([7, 8, 9])
     data = [Conversation(np.array([i]), np.array([i, *turn]), mask=np.array([1, 0, 1, 1], bool)) for i in range(60)]
+    training, evaluation = split(data, 0.3)
+    assert len(training) + len(evaluation) == 60
+    assert all(item.answer.tolist() == item.prompt.tolist() for item in evaluation)  # without the turn [8, 9]
+    same = [dataclasses.replace(item, mask=np.array([0, 0, 1, 1], bool)) for item in data]
     with pytest.raises(sj.DataError, match=r"of 60 conversations .* and 0 to evaluate with"):
-        split(data, 0.3)
+        split(same, 0.3)
     with pytest.raises(sj.ConfigError, match="share is 1"):
         split(data, 1.0)
     with pytest.raises(sj.DataError, match="no features"):
