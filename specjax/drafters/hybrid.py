@@ -34,9 +34,10 @@ class HybridDrafter:
     parts: tuple[Drafter, ...]
 
     def __post_init__(self) -> None:
-        if not isinstance(self.parts, tuple | list) or not self.parts:
-            given = f"a {type(self.parts).__name__}" if self.parts else "none"
-            raise ConfigError(f"the parts of a hybrid are {given}; give a tuple of at least one drafter.")
+        if not isinstance(self.parts, tuple | list):
+            raise ConfigError(f"the parts of a hybrid are a {type(self.parts).__name__}; give a tuple of drafters.")
+        if not self.parts:
+            raise ConfigError("a hybrid has no parts; give at least one drafter.")
         object.__setattr__(self, "parts", tuple(self.parts))
 
     @property
