@@ -48,7 +48,8 @@ class MedusaConfig:
             raise ConfigError(f"projection is {self.projection!r}; expected 'full' or 'shared'.")
         if self.reduced_vocab_size is not None and not 1 <= self.reduced_vocab_size <= self.vocab_size:
             raise ConfigError(
-                f"reduced_vocab_size is {self.reduced_vocab_size}; expected 1 to {self.vocab_size}, or None."
+                f"reduced_vocab_size is {self.reduced_vocab_size}; expected 1 to {self.vocab_size}, the model's "
+                "vocabulary. Set it to None to keep all of that, or to fewer tokens."
             )
 
     @classmethod

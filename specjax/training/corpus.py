@@ -88,8 +88,9 @@ def _turn_digests(item: Conversation) -> set[bytes]:
 
 def _without(item: Conversation, seen: set[bytes]) -> Conversation | None:
     """The conversation with those assistant turns as mere context; None where no other is left."""
-    kept = [span for span in _spans(item) if _digest(item.answer[slice(*span)]) not in seen]
-    if len(kept) == len(_spans(item)):
+    spans = _spans(item)
+    kept = [span for span in spans if _digest(item.answer[slice(*span)]) not in seen]
+    if len(kept) == len(spans):
         return item
     if not kept:
         return None

@@ -11,7 +11,6 @@ from rich.console import Console
 
 from specjax.analysis.ranks import Text, measure
 from specjax.bench import environment
-from specjax.config import ModelConfig
 from specjax.errors import ConfigError
 from specjax.fingerprint import fingerprint
 from specjax.heads import Heads, MedusaConfig, init_heads
@@ -22,7 +21,7 @@ from specjax.training.distill import Answers
 from specjax.training.monitor import RunMonitor, evaluation_line, throughput, warn_if_worse
 from specjax.training.quality import record as evaluation_record
 from specjax.training.quality import selected, tree_for
-from specjax.training.trainer import TrainConfig, check_reduced, dataset, evaluate, frequent_tokens, steps_of, train
+from specjax.training.trainer import TrainConfig, dataset, evaluate, frequent_tokens, steps_of, train
 from specjax.tree import Tree
 
 
@@ -86,7 +85,8 @@ class HeadFit:
         return init_heads(self._shape(model), model.params, tokens)
 
     def _shape(self, model: Model) -> MedusaConfig:
-        return head_shape(model.config, self.num_heads, self.num_layers, self.projection, self.reduced_vocab_size)
+        width, vocab = model.config.hidden_size, model.config.vocab_size
+        return MedusaConfig(self.num_heads, width, vocab, self.num_layers, self.projection, self.reduced_vocab_size)
 
     def _tree(self, shape: MedusaConfig) -> Tree:
         return tree_for(None if self.tree is None else Tree.parse(self.tree), shape.num_heads)
@@ -164,28 +164,6 @@ class HeadFit:
             "throughput": throughput(log),
             "figures": save_training_figures(log, output_dir, tree.name or f"{tree.size} nodes"),
         }
-
-
-def head_shape(
-    target: ModelConfig,
-    num_heads: int,
-    num_layers: int,
-    projection: Literal["shared", "full"],
-    reduced_vocab_size: int | None,
-) -> MedusaConfig:
-    """The shape of new heads for `target`.
-
-    Raises:
-      ConfigError: one that does not fit it, or that no heads have.
-    """
-    vocab = target.vocab_size
-    if reduced_vocab_size is not None and reduced_vocab_size > vocab:  # also the default, for a small vocabulary
-        raise ConfigError(
-            f"reduced_vocab_size is {reduced_vocab_size}; expected 1 to {vocab}, the model's vocabulary. Set it to "
-            "None (--reduced-vocab-size None) to keep all of that, or to fewer tokens."
-        )
-    check_reduced(reduced_vocab_size, vocab)
-    return MedusaConfig(num_heads, target.hidden_size, vocab, num_layers, projection, reduced_vocab_size)
 
 
 def _counts(answers: Answers, labels: Any) -> dict[str, Any]:

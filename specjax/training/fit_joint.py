@@ -26,7 +26,6 @@ from specjax.training.corpus import turns
 from specjax.training.curves import save_training_figures
 from specjax.training.data import Conversation, cut_tokens, packed_steps
 from specjax.training.distillation import Distillation, prepared
-from specjax.training.fit_heads import head_shape
 from specjax.training.joint import JointConfig
 from specjax.training.joint_trainer import Fitted, fit_joint
 from specjax.training.lora import LoraConfig, lora_shardings, merge
@@ -84,11 +83,7 @@ class FitJoint:
         mesh, first = self.mesh.build(), jax.process_index() == 0
         model = load_model(self.model, dtype=self.dtype)
         begun = None if self.start_from is None else load_heads(self.start_from, model.config, dtype=jnp.float32)
-        shape = (
-            begun.config
-            if begun is not None
-            else head_shape(model.config, self.num_heads, self.num_layers, "shared", self.reduced_vocab_size)
-        )
+        shape = self._shape(model.config) if begun is None else begun.config
         tree = tree_for(None if self.tree is None else Tree.parse(self.tree), shape.num_heads)
         self._check_mesh(model.config, shape, mesh)
         read = functools.partial(prepared, model, self.data, console, features=False)
@@ -138,6 +133,10 @@ class FitJoint:
             "throughput": throughput(fitted.log),
             "figures": figures,
         }
+
+    def _shape(self, target: ModelConfig) -> MedusaConfig:
+        width, vocab = target.hidden_size, target.vocab_size
+        return MedusaConfig(self.num_heads, width, vocab, self.num_layers, "shared", self.reduced_vocab_size)
 
     def _check_mesh(self, config: ModelConfig, shape: MedusaConfig, mesh: Mesh) -> None:
         # All that `fit_joint` places on the mesh, by shapes alone: it does so when the text has been made.

@@ -131,12 +131,6 @@ def frequent_tokens(tokens: Int[np.ndarray, "n"], size: int, vocab: int) -> Int[
     return np.sort(np.argsort(-counts, kind="stable")[:size]).astype(np.int32)
 
 
-def check_reduced(size: int | None, vocab: int) -> None:
-    """Raises ConfigError for a reduced vocabulary larger than the whole, or without a token."""
-    if size is not None and not 1 <= size <= vocab:
-        raise ConfigError(f"reduced_vocab_size is {size}; expected 1 to {vocab}, the model's vocabulary, or None.")
-
-
 @functools.partial(jax.jit, static_argnames="k")
 def _likeliest(
     matrix: Float[Array, "R D"], features: Float[Array, "T D"], k: int
