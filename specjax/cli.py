@@ -232,18 +232,13 @@ def _chat(options: argparse.Namespace, rest: list[str]) -> int:
 
 def _convert(options: argparse.Namespace, rest: list[str]) -> int:
     import specjax as sj
-    from specjax.fingerprint import fingerprint
     from specjax.loading.export import export_heads
-    from specjax.loading.heads import BACKBONE, heads_metadata
+    from specjax.loading.heads import backbone_of, heads_metadata
 
     model = sj.load_model(options.model)  # float32 holds whatever the files do
-    heads, metadata = sj.load_heads(options.heads, model.config, dtype=options.dtype), heads_metadata(options.heads)
-    backbone = metadata.get("backbone")
-    if backbone is not None and backbone != fingerprint(model.params):
-        raise sj.ConfigError(
-            f"the heads at {options.heads!r} were fitted together with a backbone (Medusa-2), and --model "
-            f"{options.model!r} is another; name the folder {BACKBONE!r} that was written beside them."
-        )
+    heads = sj.load_heads(options.heads, model.config, dtype=options.dtype)
+    if wrong := backbone_of(options.heads, model.params)[1]:
+        raise sj.ConfigError(wrong)
     file = export_heads(
         options.output_dir,
         heads,
@@ -252,7 +247,7 @@ def _convert(options: argparse.Namespace, rest: list[str]) -> int:
         base_model=options.base_model or options.model,
         copy_lm_head=options.copy_lm_head,
         whole_vocabulary=options.whole_vocabulary,
-        metadata=metadata,
+        metadata=heads_metadata(options.heads),
     )
     print(f"wrote {file}")
     return 0

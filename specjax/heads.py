@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from specjax.config import ModelConfig
-from specjax.errors import ConfigError
+from specjax.errors import ConfigError, is_whole
 from specjax.model import dot
 from specjax.params import Params
 
@@ -27,7 +27,7 @@ class MedusaConfig:
       num_heads: C.
       hidden_size: D, the target's width.
       vocab_size: V, the target's vocabulary.
-      num_layers: residual blocks per head, each with weights of its own.
+      num_layers: residual blocks per head, each with weights of its own; 0 only with projections of their own.
       projection: `full`: every head has its own projection; `shared`: all use the target's LM head.
       reduced_vocab_size: R, when the heads propose only the tokens of a token map; None for the whole vocabulary.
     """
@@ -42,14 +42,20 @@ class MedusaConfig:
     def __post_init__(self) -> None:
         for name, least in (("num_heads", 1), ("hidden_size", 1), ("vocab_size", 1), ("num_layers", 0)):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            if not is_whole(value) or value < least:
                 raise ConfigError(f"{name} is {value!r}; expected an integer of at least {least}.")
         if self.projection not in ("full", "shared"):
             raise ConfigError(f"projection is {self.projection!r}; expected 'full' or 'shared'.")
-        if self.reduced_vocab_size is not None and not 1 <= self.reduced_vocab_size <= self.vocab_size:
+        if self.projection == "shared" and self.num_layers == 0:
             raise ConfigError(
-                f"reduced_vocab_size is {self.reduced_vocab_size}; expected 1 to {self.vocab_size}, the model's "
-                "vocabulary. Set it to None to keep all of that, or to fewer tokens."
+                "num_layers is 0 and projection 'shared': such heads have no weights and give what the LM head gives. "
+                "Set num_layers to at least 1, or projection to 'full'."
+            )
+        size = self.reduced_vocab_size
+        if size is not None and (not is_whole(size) or not 1 <= size <= self.vocab_size):
+            raise ConfigError(
+                f"reduced_vocab_size is {size!r}; expected 1 to {self.vocab_size}, the model's vocabulary. Set it to "
+                "None to keep all of that, or to fewer tokens."
             )
 
     @classmethod

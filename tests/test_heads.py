@@ -163,10 +163,13 @@ def test_gradients_reach_every_parameter():
 def _ranked(logits, k, token_map=None):
     """Top tokens of a single head whose logits are `logits`: the feature is a unit vector, the projection a column."""
     size = len(logits)
-    config = MedusaConfig(1, 4, size if token_map is None else 100, 0, "shared", None if token_map is None else size)
+    config = MedusaConfig(1, 4, size if token_map is None else 100, 1, "shared", None if token_map is None else size)
     ids = None if token_map is None else jnp.asarray(token_map, jnp.int32)
     projection = jnp.zeros((size, 4)).at[:, 0].set(jnp.asarray(logits, jnp.float32))
-    return top_tokens(check_token_map(Heads({}, ids, config)), projection, jnp.array([1.0, 0, 0, 0]), k)[0].tolist()
+    nothing = {"kernel_0": jnp.zeros((1, 4, 4)), "bias_0": jnp.zeros((1, 4))}
+    return top_tokens(check_token_map(Heads(nothing, ids, config)), projection, jnp.array([1.0, 0, 0, 0]), k)[
+        0
+    ].tolist()
 
 
 def test_top_tokens_best_first_with_ties_to_the_lowest_id():
@@ -201,12 +204,19 @@ def test_published_defaults():
 @pytest.mark.parametrize(
     "wrong",
     [{"num_heads": 0}, {"num_heads": 2.0}, {"num_heads": True}, {"hidden_size": 0}, {"vocab_size": -1},
-     {"num_layers": -1}, {"projection": "tied"}, {"reduced_vocab_size": 0}, {"reduced_vocab_size": 31}],
+     {"num_layers": -1}, {"projection": "tied"}, {"reduced_vocab_size": 0}, {"reduced_vocab_size": 31},
+     {"reduced_vocab_size": "8"}, {"reduced_vocab_size": 8.0}, {"reduced_vocab_size": True}],
 )  # fmt: skip
 def test_refused_configs(wrong):
     field, value = next(iter(wrong.items()))
     with pytest.raises(ConfigError, match=rf"{field} is {value!r}; expected"):
         MedusaConfig(**({"num_heads": 3, "hidden_size": 16, "vocab_size": 30} | wrong))
+
+
+def test_heads_without_weights_are_refused():
+    assert MedusaConfig(3, 16, 30, num_layers=0).num_layers == 0  # with projections of their own
+    with pytest.raises(ConfigError, match="num_layers is 0 and projection 'shared': such heads have no weights"):
+        MedusaConfig(3, 16, 30, num_layers=0, projection="shared")
 
 
 @pytest.mark.parametrize(

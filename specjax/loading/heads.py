@@ -17,10 +17,11 @@ from safetensors.numpy import save_file
 
 from specjax.config import ModelConfig
 from specjax.errors import CheckpointError, ConfigError, check_is
+from specjax.fingerprint import fingerprint
 from specjax.heads import Heads, MedusaConfig, MedusaHeads, check_token_map
 from specjax.loading import safetensors, torch_pickle
 from specjax.loading.head_layouts import Tensor, differences, read_published, refuse
-from specjax.params import check_dtype
+from specjax.params import Params, check_dtype
 
 BACKBONE = "backbone"  # the folder beside Medusa-2's heads with what they belong to; its fingerprint in their metadata
 _FORMAT, _VERSION = "specjax.heads", "1"
@@ -102,6 +103,25 @@ def heads_metadata(source: str | os.PathLike[str]) -> dict[str, Any]:
         raise CheckpointError(
             f"the metadata in the header of the heads at {str(source)!r} is no JSON object ({error}); was it edited?"
         ) from error
+
+
+def backbone_of(source: str | os.PathLike[str], target: Params) -> tuple[dict[str, str], str | None]:
+    """What heads that were fitted together with a backbone (Medusa-2) say of it, and what is wrong with `target`.
+
+    Gives ({"backbone": its fingerprint}, None) where the target is that backbone, ({}, None) for all other heads, and
+    ({}, what to say) where the target is another one.
+
+    Raises as `load_heads`.
+    """
+    own = heads_metadata(source).get(BACKBONE)
+    if own is None:
+        return {}, None
+    if own == fingerprint(target):
+        return {BACKBONE: own}, None
+    return {}, (
+        f"the heads at {str(source)!r} were fitted together with a backbone (Medusa-2), and the model is another; name "
+        f"the folder {BACKBONE!r} that was written beside them as the model."
+    )
 
 
 def packaged_ranks(source: str | os.PathLike[str]) -> Path | None:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -27,13 +27,16 @@ _BATCH = 4096  # tokens in one pass over several sequences
 
 
 class Split(NamedTuple):
-    """Conversations to train on and to evaluate with; no prompt and no answer is in both."""
+    """Conversations to train on and to evaluate with; no prompt and no answer is in both.
+
+    An answer that a limit of tokens cut in one conversation alone counts as another one.
+    """
 
     training: list[Conversation]
     evaluation: list[Conversation]
 
 
-def split(data: Sequence[Conversation], share: float) -> Split:
+def split(data: Sequence[Conversation], share: float, report: Callable[[str], None] = lambda message: None) -> Split:
     """Splits by a hash of the prompt (all before the first answer), which neither order nor company changes.
 
     Conversations with the same answer are kept once. An assistant turn that is trained on anywhere, such as "You're
@@ -41,6 +44,7 @@ def split(data: Sequence[Conversation], share: float) -> Split:
 
     Args:
       share: about this part of the prompts goes to the evaluation.
+      report: told of conversations that are left out and of turns that are not evaluated on, where there are any.
 
     Raises:
       ConfigError: a share outside (0, 1).
@@ -52,8 +56,8 @@ def split(data: Sequence[Conversation], share: float) -> Split:
     training = _distinct([item for item, out in zip(data, held, strict=True) if not out])
     seen = set().union(*map(_turn_digests, training))
     candidates = [item for item, out in zip(data, held, strict=True) if out]
-    apart = [kept for item in candidates if (kept := _without(item, seen)) is not None]
-    evaluation = _distinct(apart)
+    apart = [(item, kept) for item in candidates if (kept := _without(item, seen)) is not None]
+    evaluation = _distinct([kept for _, kept in apart])
     if not training or not evaluation:
         remedy = "Make more, or change the share."
         if leaks := len(candidates) - len(apart):
@@ -65,6 +69,10 @@ def split(data: Sequence[Conversation], share: float) -> Split:
             f"of {len(data)} conversations {len(training)} are left to train on and {len(evaluation)} to evaluate "
             f"with, at an evaluation share of {share}; both sides need some. {remedy}"
         )
+    if left := len(data) - len(training) - len(evaluation):
+        report(f"{left} of {len(data)} conversations are left out: their answers stand in others, too")
+    if context := sum(len(_spans(item)) - len(_spans(kept)) for item, kept in apart):
+        report(f"{context} assistant turns of held-out conversations are context alone: they are trained on elsewhere")
     return Split(training, evaluation)
 
 

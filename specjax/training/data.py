@@ -102,6 +102,11 @@ def _order(count: int, seed: int, epochs: int | None) -> grain.MapDataset:
     return grain.MapDataset.range(count).seed(seed).shuffle().repeat(epochs)
 
 
+def answer_tokens(data: Sequence[Conversation]) -> int:
+    """How many tokens the assistant says."""
+    return cut_tokens(data, 0)
+
+
 def cut_tokens(data: Sequence[Conversation], length: int) -> int:
     """How many of the assistant's tokens lie beyond `length`, where `packed` cuts conversations."""
     beyond = (slice(max(0, length - len(item.prompt)), None) for item in data)
@@ -130,7 +135,7 @@ def check_cut(data: Sequence[Conversation], length: int, what: str, *, ahead: in
     Raises:
       DataError: the text has no label, or none is left of it.
     """
-    cut, total, longest = cut_tokens(data, length), cut_tokens(data, 0), max(map(len, data), default=0)
+    cut, total, longest = cut_tokens(data, length), answer_tokens(data), max(map(len, data), default=0)
     remedy = f"set its length to more ({longest} holds all of it), or shorten the chats"
     if not any(len(labels(item, length, ahead)) for item in data):
         if not any(len(labels(item, len(item), ahead)) for item in data):

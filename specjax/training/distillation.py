@@ -237,9 +237,7 @@ def prepared(model: Model, data: Distillation, console: Console, *, features: bo
         model = _dated(model, data)
         limit = min(data.max_chat_tokens, model.config.max_positions)
         text = read_conversations(data.chats, chat_tokenizer(model), max_tokens=limit, report=console.print)
-    training, evaluation = split(text, data.evaluation_share)
-    if left := len(text) - len(training) - len(evaluation):
-        console.print(f"{left} of {len(text)} conversations are left out: their answers stand in others, too")
+    training, evaluation = split(text, data.evaluation_share, console.print)
     if features:
         every = with_features(model, training + evaluation, budget_gb=data.feature_budget_gb)
         training, evaluation = every[: len(training)], every[len(training) :]

@@ -15,7 +15,7 @@ from specjax.config import ModelConfig
 from specjax.errors import ConfigError
 from specjax.loading.load import load_draft, load_model, save_draft
 from specjax.training.curves import save_draft_figures
-from specjax.training.data import check_cut, packed_steps
+from specjax.training.data import answer_tokens, check_cut, cut_tokens, packed_steps
 from specjax.training.distillation import Distillation, prepared
 from specjax.training.draft import DistilConfig, distil, evaluate_draft, reduced_map
 from specjax.training.monitor import RunMonitor, throughput
@@ -82,7 +82,11 @@ class FitDraft:
             "config": asdict(self),
             "environment": environment(),
             "conversations": {"training": len(text), "held_out": len(held_out)},
-            "answer_tokens": sum(len(item.answer) for item in text),
+            "answer_tokens": {"training": answer_tokens(text), "held_out": answer_tokens(held_out)},
+            "cut_answer_tokens": {  # of those, beyond training.length: neither trained on nor evaluated
+                "training": cut_tokens(text, training.length),
+                "held_out": cut_tokens(held_out, training.length),
+            },
             "record": chosen["eval"],
             "step": chosen["step"],
             "evaluations": [entry for entry in log if "eval" in entry],
@@ -96,8 +100,11 @@ class FitDraft:
                 f"reduced_vocab_size is {self.reduced_vocab_size}; expected 2 to {target.vocab_size}: tokens that "
                 f"the draft says and a row for all others of the target's {target.vocab_size}. Choose one of these."
             )
-        if self.num_heads < 1:
-            raise ConfigError(f"num_heads is {self.num_heads}; expected at least 1. Choose a divisor of hidden_size.")
+        if self.num_heads < 1 or self.hidden_size % (2 * self.num_heads):  # rotary embeddings turn pairs
+            raise ConfigError(
+                f"num_heads is {self.num_heads} at hidden_size {self.hidden_size}; expected at least 1, and an even "
+                "width for each head. Choose a divisor of half of hidden_size."
+            )
         if self.hidden_size > target.hidden_size:  # the embedding begins as the target's in its main directions
             raise ConfigError(
                 f"hidden_size is {self.hidden_size}; expected at most {target.hidden_size}, the target's. Lower it."
@@ -151,6 +158,6 @@ class EvaluateDraft:
             "config": asdict(self),
             "environment": environment(),
             "conversations": len(text),
-            "answer_tokens": sum(len(item.answer) for item in text),
+            "answer_tokens": answer_tokens(text),
             "evaluation": found,
         }

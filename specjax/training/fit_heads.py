@@ -18,7 +18,7 @@ from specjax.loading.heads import load_heads, save_heads
 from specjax.loading.load import Model
 from specjax.training.curves import save_training_figures
 from specjax.training.distill import Answers
-from specjax.training.monitor import RunMonitor, evaluation_line, throughput, warn_if_worse
+from specjax.training.monitor import RunMonitor, evaluation_line, start_backbone, throughput, warn_if_worse
 from specjax.training.quality import record as evaluation_record
 from specjax.training.quality import selected, tree_for
 from specjax.training.trainer import TrainConfig, dataset, evaluate, frequent_tokens, steps_of, train
@@ -111,6 +111,7 @@ class HeadFit:
           As `check` and `train`.
         """
         begun = heads = self.start(model, text)
+        backbone = start_backbone(console, self.start_from, model.params)
         tree = self._tree(heads.config)
         data, judged = dataset(text, heads), dataset(held_out, heads)
         steps = steps_of(data, self.training)
@@ -143,6 +144,7 @@ class HeadFit:
             "config": asdict(self),
             "hits": record["hits"],
             "accuracy": record["accuracy"],
+            **backbone,
         }
         save_heads(output_dir / "heads.safetensors", half, metadata)
         measure(model, half, texts).save(output_dir / "heads.ranks.npz")  # beside the heads: tree="auto" finds it

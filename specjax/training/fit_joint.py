@@ -21,16 +21,15 @@ from specjax.heads import Heads, MedusaConfig, init_heads
 from specjax.loading.heads import BACKBONE, load_heads, save_heads
 from specjax.loading.hf import save_hf
 from specjax.loading.load import Model, load_model
-from specjax.params import Params
 from specjax.training.corpus import turns
 from specjax.training.curves import save_training_figures
-from specjax.training.data import Conversation, cut_tokens, packed_steps
+from specjax.training.data import Conversation, answer_tokens, cut_tokens, packed_steps
 from specjax.training.distillation import Distillation, prepared
 from specjax.training.joint import JointConfig
 from specjax.training.joint_trainer import Fitted, fit_joint
-from specjax.training.lora import LoraConfig, lora_shardings, merge
+from specjax.training.lora import LoraConfig, merge
 from specjax.training.mesh import MODEL, HostsConfig, MeshConfig, check_rows, first_alone
-from specjax.training.monitor import RunMonitor, evaluation_line, throughput, warn_if_worse
+from specjax.training.monitor import RunMonitor, evaluation_line, start_backbone, throughput, warn_if_worse
 from specjax.training.quality import selected, tree_for
 from specjax.training.trainer import frequent_tokens
 from specjax.tree import Tree
@@ -86,6 +85,7 @@ class FitJoint:
         shape = self._shape(model.config) if begun is None else begun.config
         tree = tree_for(None if self.tree is None else Tree.parse(self.tree), shape.num_heads)
         self._check_mesh(model.config, shape, mesh)
+        backbone = start_backbone(console, self.start_from, model.params)
         read = functools.partial(prepared, model, self.data, console, features=False)
         # One process writes shards; a file of chats all read at once.
         made = read() if self.data.chats is not None else first_alone(read, output_dir / TEXT_MARK)
@@ -108,7 +108,7 @@ class FitJoint:
             warn_if_worse(console, fitted.log, chosen["eval"], self.start_from)
 
         def write() -> list[str]:
-            metadata = {"target": self.model, "config": asdict(self)}
+            metadata = {"target": self.model, "config": asdict(self), **backbone}
             export(output_dir, model, fitted, metadata | {k: chosen["eval"][k] for k in ("hits", "accuracy")})
             return save_training_figures(fitted.log, output_dir, tree.name or f"{tree.size} nodes")
 
@@ -120,7 +120,7 @@ class FitJoint:
             "mesh": dict(mesh.shape),
             "processes": jax.process_count(),
             "conversations": {"training": len(text), "held_out": len(held_out)},
-            "answer_tokens": {"training": _answer_tokens(text), "held_out": _answer_tokens(held_out)},
+            "answer_tokens": {"training": answer_tokens(text), "held_out": answer_tokens(held_out)},
             "cut_answer_tokens": {  # of those, beyond training.length: neither trained on nor evaluated
                 "training": cut_tokens(text, training.length),
                 "held_out": cut_tokens(held_out, training.length),
@@ -142,12 +142,13 @@ class FitJoint:
         # All that `fit_joint` places on the mesh, by shapes alone: it does so when the text has been made.
         check_rows(self.training.batch_size, mesh)
         parameters.shardings(config, mesh)
-        if self.training.lora is not None:
-            lora_shardings(config, self.training.lora, mesh)
         if shape.output_size % mesh.shape[MODEL]:
+            remedy = "a multiple of it as reduced_vocab_size, or another mesh"
+            if self.start_from is not None:  # whose vocabulary holds
+                remedy = "another mesh"
             raise ConfigError(
                 f"the heads' vocabulary of {shape.output_size} tokens does not divide over mesh axis {MODEL!r} of size "
-                f"{mesh.shape[MODEL]}; choose a multiple of it as reduced_vocab_size, or another mesh."
+                f"{mesh.shape[MODEL]}; choose {remedy}."
             )
 
     def _from_lm_head(self, model: Model, shape: MedusaConfig, text: list[Conversation]) -> Heads:
@@ -157,25 +158,19 @@ class FitJoint:
         return init_heads(shape, model.params, tokens)
 
 
-def _answer_tokens(data: list[Conversation]) -> int:
-    return sum(len(tokens) for item in data for _, tokens, _ in turns(item))
-
-
-def export(directory: Path, model: Model, fitted: Fitted, metadata: dict[str, Any]) -> Params:
+def export(directory: Path, model: Model, fitted: Fitted, metadata: dict[str, Any]) -> None:
     """Writes the heads, and what they belong to where that changed: the backbone, its LoRA changes merged, as a Hugging
-    Face directory with the tokenizer. Gives the backbone's parameters.
+    Face directory with the tokenizer.
 
     Args:
       model: that was fitted; the files are in bfloat16.
-      metadata: kept with the heads, and beside it the backbone's fingerprint as `backbone`.
+      metadata: kept with the heads, and beside it the fingerprint of a backbone that changed as `backbone`.
     """
-    params = model.params
     if fitted.lora is not None:
-        params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), merge(params, fitted.lora))
+        params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), merge(model.params, fitted.lora))
         save_hf(directory / BACKBONE, params, model.config)
         if model.tokenizer is not None:
             model.tokenizer.save(directory / BACKBONE)
-        metadata = metadata | {"backbone": fingerprint(params)}
+        metadata = metadata | {BACKBONE: fingerprint(params)}
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), fitted.heads.params)
     save_heads(directory / HEADS, Heads(half, fitted.heads.token_map, fitted.heads.config), metadata)
-    return params

@@ -101,9 +101,10 @@ def check(file: Path, settings: Mapping[str, Any]) -> None:
         if before.get(name, _ABSENT) != now.get(name, _ABSENT)
     ]
     if differing:
+        older = " (what is absent, an older version did not ask for)" if settings.keys() - begun.keys() else ""
         raise CheckpointError(
             f"the run in {file.parent} was begun with {'; '.join(differing)}: go back to what the run was begun with, "
-            "or name another --output-dir (what is absent, an older version did not ask for)."
+            f"or name another --output-dir{older}."
         )
 
 

@@ -7,8 +7,12 @@ from typing import Any
 
 import jax
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
+
+from specjax.loading.heads import backbone_of
+from specjax.params import Params
 
 EVENTS = "tensorboard"  # the folder of the event files
 _SECONDS = 0.5  # between two updates of the live line: reading a loss waits for its step
@@ -69,6 +73,8 @@ class RunMonitor:
             for tag, value in _scalars(record):
                 if tag != "step":
                     self._writer.add_scalar(tag, value, record["step"])
+            if "loss" in record:
+                self._progress.update(self._task, loss=f"{record['loss']:.3f}")
             if "tokens_per_second" in record:
                 self._progress.update(self._task, rate=f"{record['tokens_per_second']:,.0f}")
             if "eval" in record:
@@ -110,6 +116,19 @@ def _scalars(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
             yield from _scalars(part, f"{path}/{'rank' if 'head_' in path else 'head'}_{i}")
     elif isinstance(value, (int, float)):
         yield path, float(value)
+
+
+def start_backbone(console: Console, start_from: str | None, target: Params) -> dict[str, str]:
+    """The metadata `backbone` of heads that begin as those at `start_from` and are fitted to `target`, which stays.
+
+    Says so where those belong to another backbone: they can be a start all the same.
+    """
+    if start_from is None:
+        return {}
+    own, wrong = backbone_of(start_from, target)
+    if wrong is not None:
+        console.print(f"[yellow]{escape(wrong)} As it is, they are a start for heads of this model.[/]")
+    return own
 
 
 def warn_if_worse(

@@ -9,7 +9,7 @@ from conftest import TEMPLATE, byte_tokenizer
 import specjax as sj
 from specjax.training.chats import read_chats, read_conversations, read_prompts
 from specjax.training.corpus import joined, split, turns, with_features
-from specjax.training.data import Conversation, packed
+from specjax.training.data import Conversation, answer_tokens, packed
 
 # ChatML, whose line break after the EOS the model never says; the same with blocks; one that rewrites earlier turns.
 CHATML = (
@@ -175,8 +175,12 @@ def test_features_stay_beside_their_tokens():
     features = np.arange(6.0)[:, None]
     said = np.array([1, 1, 0, 1, 0, 1], bool)
     chats = [Conversation(np.array([i]), np.array([7, 8, 0, i, 0, 9]), features, said) for i in range(30)]
-    training, evaluation = split(chats, 0.5)
+    told = []
+    training, evaluation = split(chats, 0.5, told.append)
     assert training
+    context = f"{2 * len(evaluation)} assistant turns of held-out conversations are context alone"
+    assert [message[: len(context)] for message in told] == [context]
+    assert answer_tokens(chats) == 4 * len(chats)
     for item in evaluation:
         (prompt, answer) = (item.prompt.tolist(), item.answer.tolist())
         number = prompt[0]

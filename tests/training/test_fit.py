@@ -150,6 +150,7 @@ TOLD_AT_ONCE = [
     ({"tree": "chain:9"}, sj.TreeError, "4 heads can fill a depth of 4"),
     ({"tree": "nosuch"}, sj.TreeError, "no tree 'nosuch'"),
     ({"num_heads": 0}, sj.ConfigError, "num_heads is 0; expected an integer of at least 1"),
+    ({"num_layers": 0}, sj.ConfigError, "num_layers is 0 and projection 'shared'"),
     ({"reduced_vocab_size": 9999}, sj.ConfigError, REDUCED),
     ({"reduced_vocab_size": 0}, sj.ConfigError, "reduced_vocab_size is 0; expected 1 to 256"),
 ]

@@ -103,6 +103,8 @@ def test_the_run_is_followed(distilled):
     for name in result["figures"]:
         assert (out / name).read_bytes()[:4] == b"\x89PNG"
     assert list((out / "tensorboard").iterdir())
+    assert result["answer_tokens"]["held_out"] == 24 * result["conversations"]["held_out"]
+    assert result["cut_answer_tokens"] == {"training": 0, "held_out": 0}
     assert set(result["throughput"]) == {"steps_per_second", "tokens_per_second"}
 
 
@@ -113,7 +115,8 @@ def test_the_run_is_followed(distilled):
             (["--reduced-vocab-size", size], f"reduced_vocab_size is {size}; expected 2 to 256")
             for size in ("0", "1", "257", "8192")
         ),
-        (["--num-heads", "0"], "num_heads is 0; expected at least 1"),
+        (["--num-heads", "0"], "num_heads is 0 at hidden_size 16; expected at least 1"),
+        (["--num-heads", "3"], "num_heads is 3 at hidden_size 16; expected at least 1, and an even width for each"),
         (["--num-kv-heads", "0"], "num_kv_heads is 0; expected a positive integer"),
         (["--hidden-size", "64"], "hidden_size is 64; expected at most 32, the target's"),
     ],

@@ -24,6 +24,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 import specjax as sj
 from specjax.cli import main
+from specjax.drafters.build import build_drafter
 from specjax.fingerprint import fingerprint
 from specjax.heads import init_heads
 from specjax.loading.heads import heads_metadata
@@ -222,6 +223,16 @@ def test_going_on_from_heads(target, experiment, alone, tmp_path, capsys):
     assert main([*convert, str(tmp_path / "b"), "--model", str(tmp_path / "two" / "backbone")]) == 0
     assert main([*convert, str(tmp_path / "a"), "--model", str(target)]) == 2
     assert "fitted together with a backbone" in capsys.readouterr().err
+    # Medusa-1 once more: on that backbone the heads belong to it, too; on another model they are a start alone.
+    last = ["run", str(tmp_path / "one.py"), *other, "--start-from", str(tmp_path / "two" / "heads.safetensors")]
+    stages = {"three": str(tmp_path / "two" / "backbone"), "four": str(target)}
+    for (name, on), owner, said in zip(stages.items(), (named[1], None), (False, True), strict=True):
+        text = str(tmp_path / f"{name}_text")  # of that model's own
+        assert main([*last, "--output-dir", str(tmp_path / name), "--model", on, "--data.directory", text]) == 0
+        assert heads_metadata(tmp_path / name / "heads.safetensors").get("backbone") == owner
+        assert ("they are a start for heads of this model" in " ".join(capsys.readouterr().out.split())) == said
+    with pytest.warns(UserWarning, match="name the folder 'backbone' .* With this one fewer drafts are accepted"):
+        build_drafter("medusa", sj.load_model(target), heads=str(tmp_path / "two" / "heads.safetensors"))
 
     run = ["run", str(experiment), *other]
     (tmp_path / "two" / "result.json").unlink()  # a run that was stopped, gone on with as if from the LM head
@@ -248,6 +259,7 @@ def test_going_on_from_heads(target, experiment, alone, tmp_path, capsys):
     [
         (["--tree", "nosuch"], "no tree 'nosuch'"),
         (["--num-heads", "0"], "num_heads is 0; expected an integer of at least 1"),
+        (["--num-layers", "0"], "num_layers is 0 and projection 'shared'"),
         (
             ["--reduced-vocab-size", "8192"],
             "reduced_vocab_size is 8192; expected 1 to 256, the model's vocabulary. Set",

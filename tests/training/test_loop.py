@@ -299,6 +299,20 @@ def test_a_refusal_shows_where_two_settings_part(tmp_path):
     assert refused(None, "a" * 70) == f"x None (now '{'a' * 59}...)"
 
 
+def test_what_is_absent_is_explained_where_an_older_version_did_not_ask_for_it(tmp_path):
+    def refused(before, now):
+        (tmp_path / identity.FILE).write_text(identity.as_json(before))
+        with pytest.raises(sj.CheckpointError) as refusal:
+            identity.check(tmp_path / identity.FILE, now)
+        return str(refusal.value)
+
+    lora = {"training": {"lora": {"rank": 4}}, "tree": [[0]]}
+    without = refused(lora, {"training": {"lora": None}, "tree": [[0], [1]]})
+    assert "training.lora.rank 4 (now absent)" in without
+    assert "older version" not in without
+    assert "(what is absent, an older version did not ask for)" in refused(lora, lora | {"target_dtype": "float32"})
+
+
 def test_text_is_recognised():
     """By every token, mask and length, and its features' width and dtype; not their bits, which CPUs differ in."""
     rng = np.random.default_rng(0)
