@@ -112,6 +112,7 @@ def _measure(options: argparse.Namespace, rest: list[str]) -> int:
     from specjax.analysis.ranks import check_measure, measure
     from specjax.analysis.table import check_path
     from specjax.analysis.texts import greedy_answers
+    from specjax.loading.heads import heads_for
     from specjax.prompts import load_prompts
 
     check_path(options.save)
@@ -121,7 +122,7 @@ def _measure(options: argparse.Namespace, rest: list[str]) -> int:
     options.save.parent.mkdir(parents=True, exist_ok=True)
     prompts = load_prompts(options.prompts)
     model = sj.load_model(options.model, dtype=options.dtype)
-    heads = sj.load_heads(options.heads, model.config, dtype=options.dtype)
+    heads = heads_for(model, options.heads, dtype=options.dtype)
     texts = greedy_answers(model, prompts, max_new_tokens=options.max_new_tokens, batch_size=options.batch_size)
     texts = [text for text in texts if len(text.answer) > 1]
     table = measure(model, heads, texts, cap=options.cap, typical_temperature=options.typical_temperature)

@@ -29,7 +29,7 @@ from specjax.drafters.build import build_drafter
 from specjax.drafters.medusa import MedusaDrafter
 from specjax.errors import ConfigError, PromptError
 from specjax.heads import Heads
-from specjax.loading.heads import heads_metadata, load_heads
+from specjax.loading.heads import heads_for, heads_metadata
 from specjax.loading.load import Model, load_model
 from specjax.prompts import load_prompts
 from specjax.tree import Tree
@@ -209,7 +209,7 @@ class DecodeExperiment:
             return Contender(method.name, model, drafter or NoDrafter(), method.acceptance)
         if method.heads is None:
             raise ConfigError(f"the method {method.name!r} drafts with Medusa heads, but names none; set heads.")
-        heads = load_heads(method.heads, model.config, dtype=model.params.dtype)
+        heads = heads_for(model, method.heads, dtype=model.params.dtype)
         with console.status(f"choosing the tree for {method.name} on this machine"):
             # The cost of a round depends on the cache: timed with the slots that decoding will have.
             longest = max(len(request.ids) for request in requests)

@@ -44,6 +44,7 @@ class MedusaConfig:
             value = getattr(self, name)
             if not is_whole(value) or value < least:
                 raise ConfigError(f"{name} is {value!r}; expected an integer of at least {least}.")
+            object.__setattr__(self, name, int(value))  # NumPy's integers are no JSON
         if self.projection not in ("full", "shared"):
             raise ConfigError(f"projection is {self.projection!r}; expected 'full' or 'shared'.")
         if self.projection == "shared" and self.num_layers == 0:
@@ -57,6 +58,7 @@ class MedusaConfig:
                 f"reduced_vocab_size is {size!r}; expected 1 to {self.vocab_size}, the model's vocabulary. Set it to "
                 "None to keep all of that, or to fewer tokens."
             )
+        object.__setattr__(self, "reduced_vocab_size", None if size is None else int(size))
 
     @classmethod
     def vicuna_7b(cls) -> "MedusaConfig":

@@ -1,5 +1,8 @@
 """Medusa heads: shapes, the start at the LM head, the arithmetic against NumPy, and top-k with its ties."""
 
+import dataclasses
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -211,6 +214,12 @@ def test_refused_configs(wrong):
     field, value = next(iter(wrong.items()))
     with pytest.raises(ConfigError, match=rf"{field} is {value!r}; expected"):
         MedusaConfig(**({"num_heads": 3, "hidden_size": 16, "vocab_size": 30} | wrong))
+
+
+def test_sizes_may_be_numpys():
+    config = MedusaConfig(np.int64(3), np.int32(16), np.int64(30), np.int64(1), "full", np.int64(8))
+    assert config == MedusaConfig(3, 16, 30, 1, "full", 8)
+    assert json.loads(json.dumps(dataclasses.asdict(config))) == dataclasses.asdict(config)
 
 
 def test_heads_without_weights_are_refused():

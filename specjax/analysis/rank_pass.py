@@ -17,7 +17,7 @@ from specjax.analysis.simulate import simulate
 from specjax.analysis.texts import greedy_answers
 from specjax.bench import environment
 from specjax.errors import ConfigError, DataError
-from specjax.loading.heads import load_heads
+from specjax.loading.heads import heads_for
 from specjax.loading.load import load_model
 from specjax.prompts import load_prompts
 from specjax.tree import Tree
@@ -51,7 +51,7 @@ class RankPass:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected at least 1.")
         model = load_model(self.model, dtype=self.dtype)
-        heads = load_heads(self.heads, model.config, dtype=self.dtype)
+        heads = heads_for(model, self.heads, dtype=self.dtype)
         UNLIMITED.check(self.nodes, heads.config.num_heads, _RANKS)
         with console.status("answering prompts"):
             prompts = load_prompts(self.prompts)

@@ -24,7 +24,7 @@ from specjax.drafters.medusa import MedusaDrafter
 from specjax.errors import ConfigError, DataError, TreeError, is_whole
 from specjax.fingerprint import fingerprint
 from specjax.heads import Heads
-from specjax.loading.heads import heads_metadata, load_heads
+from specjax.loading.heads import heads_for, heads_metadata
 from specjax.loading.load import Model, load_model
 from specjax.tree import Tree
 
@@ -223,7 +223,7 @@ class RoundTime:
                 "expected at least 1 of each."
             )
         model = load_model(self.model, dtype=self.dtype)
-        heads = load_heads(self.heads, model.config, dtype=self.dtype)
+        heads = heads_for(model, self.heads, dtype=self.dtype)
         recorded = np.asarray(heads_metadata(self.heads).get("hits", ()))
         hits = recorded if recorded.size else generic_hits(heads)
         prompt = (np.arange(self.prompt_tokens) + 1) % model.config.vocab_size

@@ -24,7 +24,7 @@ from specjax.drafters.base import NoDrafter
 from specjax.drafters.medusa import MedusaDrafter
 from specjax.errors import ConfigError
 from specjax.heads import Heads
-from specjax.loading.heads import load_heads, packaged_ranks
+from specjax.loading.heads import heads_for, packaged_ranks
 from specjax.loading.load import Model, load_model
 from specjax.prompts import load_prompts
 from specjax.tree import Tree
@@ -50,7 +50,7 @@ class TreeSearch:
         """Writes the rank tables, the chosen tree and the figures to `output_dir`, and gives the result."""
         self._check()
         model = load_model(self.model, dtype=self.dtype)
-        heads = load_heads(self.heads, model.config, dtype=self.dtype)
+        heads = heads_for(model, self.heads, dtype=self.dtype)
         path = self.ranks or packaged_ranks(self.heads)
         if path is None:
             raise ConfigError(f"no rank table lies beside {self.heads}; make one with `specjax tree measure`.")

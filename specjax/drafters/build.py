@@ -15,7 +15,7 @@ from specjax.drafters.ngram import NgramDrafter
 from specjax.errors import ConfigError
 from specjax.fingerprint import fingerprint
 from specjax.heads import Heads
-from specjax.loading.heads import backbone_of, load_heads
+from specjax.loading.heads import heads_for
 from specjax.loading.load import Model, load_draft
 from specjax.tree import Tree
 
@@ -93,9 +93,7 @@ def _part(
     if name == "medusa":
         if heads is None:
             raise ConfigError("the drafter medusa needs heads; name them (--heads).")
-        loaded = load_heads(heads, target.config, dtype=dtype)
-        if wrong := backbone_of(heads, target.params)[1]:  # the drafts are verified all the same
-            warnings.warn(f"{wrong} With this one fewer drafts are accepted.", stacklevel=3)
+        loaded = heads_for(target, heads, dtype=dtype)
         if tree is not None:
             _warn_of_other_heads(tree, loaded, heads)
         deep = [path for path in usual.rank_paths if len(path) <= loaded.config.num_heads]

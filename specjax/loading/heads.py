@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from functools import partial
 from importlib import resources
@@ -21,6 +22,7 @@ from specjax.fingerprint import fingerprint
 from specjax.heads import Heads, MedusaConfig, MedusaHeads, check_token_map
 from specjax.loading import safetensors, torch_pickle
 from specjax.loading.head_layouts import Tensor, differences, read_published, refuse
+from specjax.loading.load import Model
 from specjax.params import Params, check_dtype
 
 BACKBONE = "backbone"  # the folder beside Medusa-2's heads with what they belong to; its fingerprint in their metadata
@@ -106,10 +108,10 @@ def heads_metadata(source: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def backbone_of(source: str | os.PathLike[str], target: Params) -> tuple[dict[str, str], str | None]:
-    """What heads that were fitted together with a backbone (Medusa-2) say of it, and what is wrong with `target`.
+    """What heads say of the backbone that they belong to (Medusa-2's), and what is wrong with `target`.
 
-    Gives ({"backbone": its fingerprint}, None) where the target is that backbone, ({}, None) for all other heads, and
-    ({}, what to say) where the target is another one.
+    Gives ({"backbone": its fingerprint}, None) where the target is that backbone, ({}, None) for heads that name none,
+    and ({}, what to say) where the target is another one.
 
     Raises as `load_heads`.
     """
@@ -119,9 +121,17 @@ def backbone_of(source: str | os.PathLike[str], target: Params) -> tuple[dict[st
     if own == fingerprint(target):
         return {BACKBONE: own}, None
     return {}, (
-        f"the heads at {str(source)!r} were fitted together with a backbone (Medusa-2), and the model is another; name "
-        f"the folder {BACKBONE!r} that was written beside them as the model."
+        f"the heads at {str(source)!r} belong to a backbone that was fitted with them, or with those that they go on "
+        f"from (Medusa-2), and the model is another; name as the model the folder {BACKBONE!r} that was written then."
     )
+
+
+def heads_for(model: Model, source: str | os.PathLike[str], *, dtype: DTypeLike | None = None) -> Heads:
+    """As `load_heads`; warns where the heads belong to another backbone. Their drafts are verified all the same."""
+    heads = load_heads(source, model.config, dtype=dtype)
+    if wrong := backbone_of(source, model.params)[1]:
+        warnings.warn(f"{wrong} With this one fewer drafts are accepted.", stacklevel=2)
+    return heads
 
 
 def packaged_ranks(source: str | os.PathLike[str]) -> Path | None:

@@ -40,7 +40,8 @@ def split(data: Sequence[Conversation], share: float, report: Callable[[str], No
     """Splits by a hash of the prompt (all before the first answer), which neither order nor company changes.
 
     Conversations with the same answer are kept once. An assistant turn that is trained on anywhere, such as "You're
-    welcome!", is not evaluated on: it stands as context to the other turns, and a conversation without any is left out.
+    welcome!", is not evaluated on: it stands as context to the turns after it, and a conversation of such turns alone
+    is left out.
 
     Args:
       share: about this part of the prompts goes to the evaluation.
@@ -71,8 +72,9 @@ def split(data: Sequence[Conversation], share: float, report: Callable[[str], No
         )
     if left := len(data) - len(training) - len(evaluation):
         report(f"{left} of {len(data)} conversations are left out: their answers stand in others, too")
-    if context := sum(len(_spans(item)) - len(_spans(kept)) for item, kept in apart):
-        report(f"{context} assistant turns of held-out conversations are context alone: they are trained on elsewhere")
+    counts = {id(kept): len(_spans(item)) - len(_spans(kept)) for item, kept in apart}
+    if lost := sum(counts[id(kept)] for kept in evaluation):
+        report(f"{lost} assistant turns of held-out conversations are not evaluated on: they are trained on elsewhere")
     return Split(training, evaluation)
 
 

@@ -28,7 +28,7 @@ class FitHeads(HeadFit):
           As `check`, before there is any text; as `prepared` and `fit`.
         """
         model = load_model(self.model, dtype=jnp.bfloat16)
-        self.check(model)
+        self.check(model, console)
         training, evaluation = prepared(model, self.data, console)
         return self.fit(
             model, joined(training), joined(evaluation), conversation_texts(evaluation), output_dir, console

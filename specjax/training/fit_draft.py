@@ -159,5 +159,6 @@ class EvaluateDraft:
             "environment": environment(),
             "conversations": len(text),
             "answer_tokens": answer_tokens(text),
+            "cut_answer_tokens": cut_tokens(text, self.length),  # of those, beyond length: they do not count
             "evaluation": found,
         }

@@ -44,7 +44,7 @@ class FitDraftHeads(HeadFit):
         """
         tokenizer = chat_tokenizer(load_model(self.tokenizer, dtype="bfloat16")).dated(TODAY)
         model, token_map = load_draft(self.draft)
-        self.check(model)
+        self.check(model, console)
         asked = [
             tokenizer.apply_chat_template([{"role": "user", "content": text}])
             for text in seed_prompts(self.prompts, self.prompt_seed)

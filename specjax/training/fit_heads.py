@@ -14,11 +14,11 @@ from specjax.bench import environment
 from specjax.errors import ConfigError
 from specjax.fingerprint import fingerprint
 from specjax.heads import Heads, MedusaConfig, init_heads
-from specjax.loading.heads import load_heads, save_heads
+from specjax.loading.heads import backbone_of, load_heads, save_heads
 from specjax.loading.load import Model
 from specjax.training.curves import save_training_figures
 from specjax.training.distill import Answers
-from specjax.training.monitor import RunMonitor, evaluation_line, start_backbone, throughput, warn_if_worse
+from specjax.training.monitor import RunMonitor, evaluation_line, tell_of_start, throughput, warn_if_worse
 from specjax.training.quality import record as evaluation_record
 from specjax.training.quality import selected, tree_for
 from specjax.training.trainer import TrainConfig, dataset, evaluate, frequent_tokens, steps_of, train
@@ -61,8 +61,10 @@ class HeadFit:
                 "or leave it out."
             )
 
-    def check(self, model: Model) -> None:
+    def check(self, model: Model, console: Console) -> None:
         """Tells what needs no text to be told; to be called before the text is made, which takes long.
+
+        On the console: that `start_from` belongs to another backbone (Medusa-2), and is a start alone here.
 
         Raises:
           ConfigError: a shape that does not fit the model.
@@ -71,6 +73,7 @@ class HeadFit:
         """
         begun = None if self.start_from is None else load_heads(self.start_from, model.config)
         self._tree(self._shape(model) if begun is None else begun.config)
+        tell_of_start(console, self.start_from, model.params)
 
     def start(self, model: Model, text: Answers) -> Heads:
         """The float32 heads that training starts with.
@@ -111,7 +114,6 @@ class HeadFit:
           As `check` and `train`.
         """
         begun = heads = self.start(model, text)
-        backbone = start_backbone(console, self.start_from, model.params)
         tree = self._tree(heads.config)
         data, judged = dataset(text, heads), dataset(held_out, heads)
         steps = steps_of(data, self.training)
@@ -144,7 +146,7 @@ class HeadFit:
             "config": asdict(self),
             "hits": record["hits"],
             "accuracy": record["accuracy"],
-            **backbone,
+            **({} if self.start_from is None else backbone_of(self.start_from, model.params)[0]),
         }
         save_heads(output_dir / "heads.safetensors", half, metadata)
         measure(model, half, texts).save(output_dir / "heads.ranks.npz")  # beside the heads: tree="auto" finds it

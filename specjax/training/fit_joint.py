@@ -18,7 +18,7 @@ from specjax.config import ModelConfig
 from specjax.errors import ConfigError
 from specjax.fingerprint import fingerprint
 from specjax.heads import Heads, MedusaConfig, init_heads
-from specjax.loading.heads import BACKBONE, load_heads, save_heads
+from specjax.loading.heads import BACKBONE, backbone_of, load_heads, save_heads
 from specjax.loading.hf import save_hf
 from specjax.loading.load import Model, load_model
 from specjax.training.corpus import turns
@@ -29,7 +29,7 @@ from specjax.training.joint import JointConfig
 from specjax.training.joint_trainer import Fitted, fit_joint
 from specjax.training.lora import LoraConfig, merge
 from specjax.training.mesh import MODEL, HostsConfig, MeshConfig, check_rows, first_alone
-from specjax.training.monitor import RunMonitor, evaluation_line, start_backbone, throughput, warn_if_worse
+from specjax.training.monitor import RunMonitor, evaluation_line, tell_of_start, throughput, warn_if_worse
 from specjax.training.quality import selected, tree_for
 from specjax.training.trainer import frequent_tokens
 from specjax.tree import Tree
@@ -85,7 +85,8 @@ class FitJoint:
         shape = self._shape(model.config) if begun is None else begun.config
         tree = tree_for(None if self.tree is None else Tree.parse(self.tree), shape.num_heads)
         self._check_mesh(model.config, shape, mesh)
-        backbone = start_backbone(console, self.start_from, model.params)
+        if first:
+            tell_of_start(console, self.start_from, model.params)
         read = functools.partial(prepared, model, self.data, console, features=False)
         # One process writes shards; a file of chats all read at once.
         made = read() if self.data.chats is not None else first_alone(read, output_dir / TEXT_MARK)
@@ -108,7 +109,9 @@ class FitJoint:
             warn_if_worse(console, fitted.log, chosen["eval"], self.start_from)
 
         def write() -> list[str]:
-            metadata = {"target": self.model, "config": asdict(self), **backbone}
+            metadata = {"target": self.model, "config": asdict(self)}
+            if self.start_from is not None:
+                metadata |= backbone_of(self.start_from, model.params)[0]
             export(output_dir, model, fitted, metadata | {k: chosen["eval"][k] for k in ("hits", "accuracy")})
             return save_training_figures(fitted.log, output_dir, tree.name or f"{tree.size} nodes")
 
@@ -135,6 +138,8 @@ class FitJoint:
         }
 
     def _shape(self, target: ModelConfig) -> MedusaConfig:
+        if self.num_layers < 1:  # the heads share the LM head's projection
+            raise ConfigError(f"num_layers is {self.num_layers}; expected at least 1, or there is nothing to fit.")
         width, vocab = target.hidden_size, target.vocab_size
         return MedusaConfig(self.num_heads, width, vocab, self.num_layers, "shared", self.reduced_vocab_size)
 

@@ -44,7 +44,7 @@ class FitRandomQwen2(HeadFit):
     def run(self, output_dir: Path, console: Console) -> dict[str, Any]:
         """Makes model and text, then `fit`; adds `gain`: what head 1's top-1 accuracy and tokens_per_round gained."""
         model = self.target()
-        self.check(model)
+        self.check(model, console)
         rng = np.random.default_rng(self.seed)
         shape = (self.conversations + self.held_out, self.prompt_tokens)
         prompts = [row.tolist() for row in rng.integers(0, self.vocab_size, shape)]

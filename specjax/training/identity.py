@@ -84,6 +84,8 @@ def check(file: Path, settings: Mapping[str, Any]) -> None:
     """
     try:
         begun = json.loads(file.read_text("utf-8"))
+        if not isinstance(begun, dict):
+            raise ValueError("it holds no settings")
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{file}, which says what the checkpoints beside it were begun with, is missing: an older version began "
@@ -101,7 +103,8 @@ def check(file: Path, settings: Mapping[str, Any]) -> None:
         if before.get(name, _ABSENT) != now.get(name, _ABSENT)
     ]
     if differing:
-        older = " (what is absent, an older version did not ask for)" if settings.keys() - begun.keys() else ""
+        asked = any(name not in before and not any(_within(name, other) for other in before) for name in now)
+        older = " (what is absent, an older version did not ask for)" if asked else ""
         raise CheckpointError(
             f"the run in {file.parent} was begun with {'; '.join(differing)}: go back to what the run was begun with, "
             f"or name another --output-dir{older}."
@@ -111,6 +114,11 @@ def check(file: Path, settings: Mapping[str, Any]) -> None:
 def as_json(settings: Mapping[str, Any]) -> str:
     """The content of the file."""
     return json.dumps(settings, indent=1) + "\n"
+
+
+def _within(one: str, other: str) -> bool:
+    """Whether one of two settings is a part of the other, which was or is None: neither is new."""
+    return one.startswith(f"{other}.") or other.startswith(f"{one}.")
 
 
 def _difference(name: str, before: Any, now: Any) -> str:

@@ -118,17 +118,11 @@ def _scalars(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
         yield path, float(value)
 
 
-def start_backbone(console: Console, start_from: str | None, target: Params) -> dict[str, str]:
-    """The metadata `backbone` of heads that begin as those at `start_from` and are fitted to `target`, which stays.
-
-    Says so where those belong to another backbone: they can be a start all the same.
-    """
-    if start_from is None:
-        return {}
-    own, wrong = backbone_of(start_from, target)
+def tell_of_start(console: Console, start_from: str | None, target: Params) -> None:
+    """Says so where the heads to go on from belong to another backbone (Medusa-2): they can be a start all the same."""
+    wrong = None if start_from is None else backbone_of(start_from, target)[1]
     if wrong is not None:
         console.print(f"[yellow]{escape(wrong)} As it is, they are a start for heads of this model.[/]")
-    return own
 
 
 def warn_if_worse(

@@ -178,8 +178,9 @@ def test_features_stay_beside_their_tokens():
     told = []
     training, evaluation = split(chats, 0.5, told.append)
     assert training
-    context = f"{2 * len(evaluation)} assistant turns of held-out conversations are context alone"
-    assert [message[: len(context)] for message in told] == [context]
+    assert [message.partition(" are")[0] for message in told] == [
+        f"{2 * len(evaluation)} assistant turns of held-out conversations"
+    ]
     assert answer_tokens(chats) == 4 * len(chats)
     for item in evaluation:
         (prompt, answer) = (item.prompt.tolist(), item.answer.tolist())

@@ -17,7 +17,8 @@ import specjax as sj
 from specjax.analysis.simulate import simulate
 from specjax.analysis.table import RankTable
 from specjax.experiment import load_config, run_config
-from specjax.loading.heads import heads_metadata
+from specjax.fingerprint import fingerprint
+from specjax.loading.heads import heads_metadata, save_heads
 from specjax.training import fit_draft_heads, fit_random, loop
 from specjax.training.distillation import Distillation
 from specjax.training.fit import FitHeads
@@ -116,6 +117,16 @@ def test_going_on_from_heads_and_averaging(fitted, tmp_path):
     assert ("larger start_share" in printed) == (further["record"]["tokens_per_round"] < start["tokens_per_round"])
     assert further["tree"]["nodes"] == 4
     assert further["evaluations"][-1]["step"] % 2 == 0
+    # As if the heads were Medusa-2's, of this backbone and of another one.
+    target = config.target()
+    for number, (owner, kept, said) in enumerate([
+        (fingerprint(target.params), {"backbone": fingerprint(target.params)}, False), ("0" * 16, {}, True)
+    ]):  # fmt: skip
+        begun = tmp_path / f"begun_{number}.safetensors"
+        save_heads(begun, sj.load_heads(directory, target.config), {"backbone": owner})
+        _, printed = run(dataclasses.replace(changed, start_from=str(begun)), tmp_path / f"next_{number}")
+        assert {k: v for k, v in heads_metadata(tmp_path / f"next_{number}").items() if k == "backbone"} == kept
+        assert ("they are a start for heads of this model" in " ".join(printed.split())) == said
     # The same run goes on from its end, and averages its heads with those that it began with.
     (tmp_path / "result.json").unlink()
     ended, begun = (sj.load_heads(path, config.target().config).params for path in (tmp_path, directory))

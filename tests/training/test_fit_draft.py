@@ -142,6 +142,7 @@ def test_a_draft_is_evaluated_on_new_answers(distilled, tmp_path):
     evaluated = EvaluateDraft("evaluated", str(target), str(out / "draft"), data).run(tmp_path, Console())
     assert 10 < evaluated["conversations"] <= 20
     assert 0 < evaluated["answer_tokens"] <= 24 * evaluated["conversations"]
+    assert evaluated["cut_answer_tokens"] == 0
     before = result["evaluations"][0]["eval"]
     assert evaluated["evaluation"]["acceptance"] > before["acceptance"] + 0.1
     assert evaluated["evaluation"]["text"] < before["text"]

@@ -222,7 +222,7 @@ def test_going_on_from_heads(target, experiment, alone, tmp_path, capsys):
     convert = ["convert", "--heads", str(tmp_path / "two" / "heads.safetensors"), "--to", "vllm", "--output-dir"]
     assert main([*convert, str(tmp_path / "b"), "--model", str(tmp_path / "two" / "backbone")]) == 0
     assert main([*convert, str(tmp_path / "a"), "--model", str(target)]) == 2
-    assert "fitted together with a backbone" in capsys.readouterr().err
+    assert "belong to a backbone that was fitted with them" in capsys.readouterr().err
     # Medusa-1 once more: on that backbone the heads belong to it, too; on another model they are a start alone.
     last = ["run", str(tmp_path / "one.py"), *other, "--start-from", str(tmp_path / "two" / "heads.safetensors")]
     stages = {"three": str(tmp_path / "two" / "backbone"), "four": str(target)}
@@ -231,7 +231,12 @@ def test_going_on_from_heads(target, experiment, alone, tmp_path, capsys):
         assert main([*last, "--output-dir", str(tmp_path / name), "--model", on, "--data.directory", text]) == 0
         assert heads_metadata(tmp_path / name / "heads.safetensors").get("backbone") == owner
         assert ("they are a start for heads of this model" in " ".join(capsys.readouterr().out.split())) == said
-    with pytest.warns(UserWarning, match="name the folder 'backbone' .* With this one fewer drafts are accepted"):
+    assert main(["convert", "--heads", str(tmp_path / "three" / "heads.safetensors"), *convert[3:], str(tmp_path / "c"),
+                 "--model", str(target)]) == 2  # fmt: skip
+    assert "or with those that they go on from" in " ".join(capsys.readouterr().err.split())
+    with pytest.warns(
+        UserWarning, match="name as the model the folder 'backbone' .* With this one fewer drafts are accepted"
+    ):
         build_drafter("medusa", sj.load_model(target), heads=str(tmp_path / "two" / "heads.safetensors"))
 
     run = ["run", str(experiment), *other]
@@ -259,7 +264,7 @@ def test_going_on_from_heads(target, experiment, alone, tmp_path, capsys):
     [
         (["--tree", "nosuch"], "no tree 'nosuch'"),
         (["--num-heads", "0"], "num_heads is 0; expected an integer of at least 1"),
-        (["--num-layers", "0"], "num_layers is 0 and projection 'shared'"),
+        (["--num-layers", "0"], "num_layers is 0; expected at least 1, or there is nothing to fit"),
         (
             ["--reduced-vocab-size", "8192"],
             "reduced_vocab_size is 8192; expected 1 to 256, the model's vocabulary. Set",

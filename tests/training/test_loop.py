@@ -310,7 +310,11 @@ def test_what_is_absent_is_explained_where_an_older_version_did_not_ask_for_it(t
     without = refused(lora, {"training": {"lora": None}, "tree": [[0], [1]]})
     assert "training.lora.rank 4 (now absent)" in without
     assert "older version" not in without
-    assert "(what is absent, an older version did not ask for)" in refused(lora, lora | {"target_dtype": "float32"})
+    older = "(what is absent, an older version did not ask for)"
+    assert older in refused(lora, lora | {"target_dtype": "float32"})
+    assert older in refused(lora, lora | {"training": lora["training"] | {"z_loss": 0.1}})
+    for damaged in ([], None, 3):
+        assert "cannot be read (it holds no settings)" in refused(damaged, lora)
 
 
 def test_text_is_recognised():
