@@ -42,9 +42,18 @@ Over float32's baseline the last two at 1.02 and 1.06. A third time (5:24, nothi
     medusa_bf16        bfloat16   6      1.50          0.50            1.11 (0.79-1.44)  8 of 10
     ngram+medusa_bf16  bfloat16   9      1.72          0.72            1.17 (0.74-1.81)  7 of 10
 
-Over float32's baseline the last two at 0.96 and 1.00. Speed-ups of runs on this kind of machine differ by a tenth, the
-float32 hybrid's by more; what the new heads bring is seen in tokens per round. Half an hour before the first of these
-runs, with the first heads (`train_smollm2_medusa.py`; `result_first_heads_zen3.json`; files read beside it; 6:31):
+Over float32's baseline the last two at 0.96 and 1.00. A fourth time, later (6:00, nothing else running;
+`result_fourth_run_zen3.json`; 22.6 tokens a second in float32, 19.4 in bfloat16):
+
+    medusa             float32    4      1.38          0.38            0.94 (0.74-1.16)  10 of 10
+    ngram+medusa       float32    8      1.65          0.65            1.00 (0.72-1.85)  10 of 10
+    medusa_bf16        bfloat16   6      1.50          0.50            1.18 (0.83-1.43)  8 of 10
+    ngram+medusa_bf16  bfloat16   9      1.72          0.72            1.31 (0.76-2.44)  7 of 10
+
+Over float32's baseline the last two at 0.98 and 1.06: it is bfloat16's baseline that was slower. Speed-ups of runs on
+this kind of machine differ by more than a tenth; what the new heads bring is seen in tokens per round. Half an hour
+before the first of them, with the first heads (`train_smollm2_medusa.py`; `result_first_heads_zen3.json`; files read
+beside it; 6:31):
 
     medusa             float32    4      1.36          0.36            0.97 (0.71-1.38)  10 of 10
     ngram+medusa       float32    8      1.63          0.63            1.11 (0.66-1.74)  10 of 10
