@@ -114,6 +114,8 @@ class HeadFit:
           As `check` and `train`.
         """
         begun = heads = self.start(model, text)
+        # Read now, as the heads are: the file may have changed when the training ends.
+        backbone = {} if self.start_from is None else backbone_of(self.start_from, model.params)[0]
         tree = self._tree(heads.config)
         data, judged = dataset(text, heads), dataset(held_out, heads)
         steps = steps_of(data, self.training)
@@ -146,7 +148,7 @@ class HeadFit:
             "config": asdict(self),
             "hits": record["hits"],
             "accuracy": record["accuracy"],
-            **({} if self.start_from is None else backbone_of(self.start_from, model.params)[0]),
+            **backbone,
         }
         save_heads(output_dir / "heads.safetensors", half, metadata)
         measure(model, half, texts).save(output_dir / "heads.ranks.npz")  # beside the heads: tree="auto" finds it

@@ -15,7 +15,7 @@ from rich.console import Console
 from specjax import params as parameters
 from specjax.bench import environment
 from specjax.config import ModelConfig
-from specjax.errors import ConfigError
+from specjax.errors import ConfigError, is_whole
 from specjax.fingerprint import fingerprint
 from specjax.heads import Heads, MedusaConfig, init_heads
 from specjax.loading.heads import BACKBONE, backbone_of, load_heads, save_heads
@@ -85,6 +85,8 @@ class FitJoint:
         shape = self._shape(model.config) if begun is None else begun.config
         tree = tree_for(None if self.tree is None else Tree.parse(self.tree), shape.num_heads)
         self._check_mesh(model.config, shape, mesh)
+        # Read now, as the heads are: the file may have changed when the training ends.
+        backbone = {} if self.start_from is None else backbone_of(self.start_from, model.params)[0]
         if first:
             tell_of_start(console, self.start_from, model.params)
         read = functools.partial(prepared, model, self.data, console, features=False)
@@ -109,9 +111,7 @@ class FitJoint:
             warn_if_worse(console, fitted.log, chosen["eval"], self.start_from)
 
         def write() -> list[str]:
-            metadata = {"target": self.model, "config": asdict(self)}
-            if self.start_from is not None:
-                metadata |= backbone_of(self.start_from, model.params)[0]
+            metadata = {"target": self.model, "config": asdict(self), **backbone}
             export(output_dir, model, fitted, metadata | {k: chosen["eval"][k] for k in ("hits", "accuracy")})
             return save_training_figures(fitted.log, output_dir, tree.name or f"{tree.size} nodes")
 
@@ -138,7 +138,7 @@ class FitJoint:
         }
 
     def _shape(self, target: ModelConfig) -> MedusaConfig:
-        if self.num_layers < 1:  # the heads share the LM head's projection
+        if is_whole(self.num_layers) and self.num_layers < 1:  # the heads share the LM head's projection
             raise ConfigError(f"num_layers is {self.num_layers}; expected at least 1, or there is nothing to fit.")
         width, vocab = target.hidden_size, target.vocab_size
         return MedusaConfig(self.num_heads, width, vocab, self.num_layers, "shared", self.reduced_vocab_size)

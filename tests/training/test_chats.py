@@ -1,5 +1,6 @@
 """Chats: both formats, the loss mask with and without generation blocks, malformed lines."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -182,6 +183,12 @@ def test_features_stay_beside_their_tokens():
         f"{2 * len(evaluation)} assistant turns of held-out conversations"
     ]
     assert answer_tokens(chats) == 4 * len(chats)
+    # Of two held-out chats that say the same but for that, one is evaluated on, and its turns alone count.
+    pairs = [dataclasses.replace(item, answer=np.array([7, 8, 0, i // 2, 0, 9])) for i, item in enumerate(chats)]
+    told.clear()
+    fewer = split(pairs, 0.5, told.append).evaluation
+    assert len(fewer) < len(evaluation)
+    assert told[-1].startswith(f"{2 * len(fewer)} assistant turns of held-out")
     for item in evaluation:
         (prompt, answer) = (item.prompt.tolist(), item.answer.tolist())
         number = prompt[0]
