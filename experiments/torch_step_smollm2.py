@@ -40,7 +40,7 @@ And on a third one, the same way, all sizes within a quarter of an hour:
     4,096      8,192    float32    1318         936        1.41 (1.28-1.54)
 
 So at 2,048, the trainer's default, the aim is reached in both of the longer runs, and not in the one of 5. Ours goes at
-79 to 120 GFLOP/s; a step with nothing but its products, no softmax, is no faster (1,291 positions a second beside
+79 to 116 GFLOP/s; a step with nothing but its products, no softmax, is no faster (1,291 positions a second beside
 1,281, 9 alternating repeats with 1,024; script not kept), nor are chunks of another size or a transposed projection:
 the products bound it. Beside other work the ratio with 1,024 was 1.47 (1.08-1.99) over 7 repeats; on one core, in CPU
 time, 1.29 in each of 3. Products in bfloat16 are emulated there: torch then takes tens of seconds a step, ours longer

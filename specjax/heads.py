@@ -50,7 +50,7 @@ class MedusaConfig:
         if self.projection == "shared" and self.num_layers == 0:
             raise ConfigError(
                 "num_layers is 0 and projection 'shared': such heads have no weights and give what the LM head gives. "
-                "Set num_layers to at least 1, or projection to 'full'."
+                "Set num_layers to at least 1."
             )
         size = self.reduced_vocab_size
         if size is not None and (not is_whole(size) or not 1 <= size <= self.vocab_size):

@@ -170,9 +170,8 @@ def _ranked(logits, k, token_map=None):
     ids = None if token_map is None else jnp.asarray(token_map, jnp.int32)
     projection = jnp.zeros((size, 4)).at[:, 0].set(jnp.asarray(logits, jnp.float32))
     nothing = {"kernel_0": jnp.zeros((1, 4, 4)), "bias_0": jnp.zeros((1, 4))}
-    return top_tokens(check_token_map(Heads(nothing, ids, config)), projection, jnp.array([1.0, 0, 0, 0]), k)[
-        0
-    ].tolist()
+    heads = check_token_map(Heads(nothing, ids, config))
+    return top_tokens(heads, projection, jnp.array([1.0, 0, 0, 0]), k)[0].tolist()
 
 
 def test_top_tokens_best_first_with_ties_to_the_lowest_id():

@@ -107,15 +107,15 @@ def heads_metadata(source: str | os.PathLike[str]) -> dict[str, Any]:
         ) from error
 
 
-def backbone_of(source: str | os.PathLike[str], target: Params) -> tuple[dict[str, str], str | None]:
+def backbone_of(source: str | os.PathLike[str] | None, target: Params) -> tuple[dict[str, str], str | None]:
     """What heads say of the backbone that they belong to (Medusa-2's), and what is wrong with `target`.
 
     Gives ({"backbone": its fingerprint}, None) where the target is that backbone, ({}, None) for heads that name none,
-    and ({}, what to say) where the target is another one.
+    or where there are none, and ({}, what to say) where the target is another one.
 
     Raises as `load_heads`.
     """
-    own = heads_metadata(source).get(BACKBONE)
+    own = None if source is None else heads_metadata(source).get(BACKBONE)
     if own is None:
         return {}, None
     if own == fingerprint(target):

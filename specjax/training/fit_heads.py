@@ -73,7 +73,7 @@ class HeadFit:
         """
         begun = None if self.start_from is None else load_heads(self.start_from, model.config)
         self._tree(self._shape(model) if begun is None else begun.config)
-        tell_of_start(console, self.start_from, model.params)
+        tell_of_start(console, backbone_of(self.start_from, model.params)[1])
 
     def start(self, model: Model, text: Answers) -> Heads:
         """The float32 heads that training starts with.
@@ -115,7 +115,7 @@ class HeadFit:
         """
         begun = heads = self.start(model, text)
         # Read now, as the heads are: the file may have changed when the training ends.
-        backbone = {} if self.start_from is None else backbone_of(self.start_from, model.params)[0]
+        backbone, _ = backbone_of(self.start_from, model.params)
         tree = self._tree(heads.config)
         data, judged = dataset(text, heads), dataset(held_out, heads)
         steps = steps_of(data, self.training)

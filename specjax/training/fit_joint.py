@@ -15,7 +15,7 @@ from rich.console import Console
 from specjax import params as parameters
 from specjax.bench import environment
 from specjax.config import ModelConfig
-from specjax.errors import ConfigError, is_whole
+from specjax.errors import ConfigError
 from specjax.fingerprint import fingerprint
 from specjax.heads import Heads, MedusaConfig, init_heads
 from specjax.loading.heads import BACKBONE, backbone_of, load_heads, save_heads
@@ -86,9 +86,9 @@ class FitJoint:
         tree = tree_for(None if self.tree is None else Tree.parse(self.tree), shape.num_heads)
         self._check_mesh(model.config, shape, mesh)
         # Read now, as the heads are: the file may have changed when the training ends.
-        backbone = {} if self.start_from is None else backbone_of(self.start_from, model.params)[0]
+        backbone, wrong = backbone_of(self.start_from, model.params)
         if first:
-            tell_of_start(console, self.start_from, model.params)
+            tell_of_start(console, wrong)
         read = functools.partial(prepared, model, self.data, console, features=False)
         # One process writes shards; a file of chats all read at once.
         made = read() if self.data.chats is not None else first_alone(read, output_dir / TEXT_MARK)
@@ -138,8 +138,6 @@ class FitJoint:
         }
 
     def _shape(self, target: ModelConfig) -> MedusaConfig:
-        if is_whole(self.num_layers) and self.num_layers < 1:  # the heads share the LM head's projection
-            raise ConfigError(f"num_layers is {self.num_layers}; expected at least 1, or there is nothing to fit.")
         width, vocab = target.hidden_size, target.vocab_size
         return MedusaConfig(self.num_heads, width, vocab, self.num_layers, "shared", self.reduced_vocab_size)
 

@@ -11,9 +11,6 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
-from specjax.loading.heads import backbone_of
-from specjax.params import Params
-
 EVENTS = "tensorboard"  # the folder of the event files
 _SECONDS = 0.5  # between two updates of the live line: reading a loss waits for its step
 
@@ -118,9 +115,8 @@ def _scalars(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
         yield path, float(value)
 
 
-def tell_of_start(console: Console, start_from: str | None, target: Params) -> None:
-    """Says so where the heads to go on from belong to another backbone (Medusa-2): they can be a start all the same."""
-    wrong = None if start_from is None else backbone_of(start_from, target)[1]
+def tell_of_start(console: Console, wrong: str | None) -> None:
+    """Says what `backbone_of` finds wrong with heads to go on from, if anything: they can be a start all the same."""
     if wrong is not None:
         console.print(f"[yellow]{escape(wrong)} As it is, they are a start for heads of this model.[/]")
 

@@ -264,7 +264,7 @@ def test_going_on_from_heads(target, experiment, alone, tmp_path, capsys):
     [
         (["--tree", "nosuch"], "no tree 'nosuch'"),
         (["--num-heads", "0"], "num_heads is 0; expected an integer of at least 1"),
-        (["--num-layers", "0"], "num_layers is 0; expected at least 1, or there is nothing to fit"),
+        (["--num-layers", "0"], "num_layers is 0 and projection 'shared'"),
         (
             ["--reduced-vocab-size", "8192"],
             "reduced_vocab_size is 8192; expected 1 to 256, the model's vocabulary. Set",
