@@ -144,6 +144,17 @@ def save_chat_model(directory: Path) -> Path:
     return directory
 
 
+def followed_by(function, then):
+    """`function`, and `then()` right after it."""
+
+    def both(*args, **kwargs):
+        result = function(*args, **kwargs)
+        then()
+        return result
+
+    return both
+
+
 def noisy_heads(model: sj.Model, heads: int, seed: int = 1) -> sj.Heads:
     """Heads that start from the LM head and are disturbed: sometimes right."""
     made = init_heads(sj.MedusaConfig(heads, model.config.hidden_size, model.config.vocab_size), model.params)

@@ -1,6 +1,7 @@
 """Fitting end to end: the tiny Qwen2's experiment as `specjax run` runs it, and the Qwen2.5 one without a network."""
 
 import dataclasses
+import functools
 import io
 import json
 import struct
@@ -9,7 +10,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import numpy as np
 import pytest
-from conftest import save_chat_model
+from conftest import followed_by, save_chat_model
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
@@ -19,7 +20,7 @@ from specjax.analysis.table import RankTable
 from specjax.experiment import load_config, run_config
 from specjax.fingerprint import fingerprint
 from specjax.loading.heads import heads_metadata, save_heads
-from specjax.training import fit_draft_heads, fit_random, loop
+from specjax.training import fit_draft_heads, fit_heads, fit_random, loop
 from specjax.training.distillation import Distillation
 from specjax.training.fit import FitHeads
 from specjax.training.quality import default_tree
@@ -101,7 +102,7 @@ def test_the_record_is_complete(fitted):
     )
 
 
-def test_going_on_from_heads_and_averaging(fitted, tmp_path):
+def test_going_on_from_heads_and_averaging(fitted, tmp_path, monkeypatch):
     directory, config, result, _ = fitted
     training = TrainConfig(
         epochs=1, batch_size=256, learning_rate=1e-2, distillation=0.5, accumulate=2, ema=0.9, weighting="decay"
@@ -123,8 +124,13 @@ def test_going_on_from_heads_and_averaging(fitted, tmp_path):
         (fingerprint(target.params), {"backbone": fingerprint(target.params)}, False), ("0" * 16, {}, True)
     ]):  # fmt: skip
         begun = tmp_path / f"begun_{number}.safetensors"
-        save_heads(begun, sj.load_heads(directory, target.config), {"backbone": owner})
-        _, printed = run(dataclasses.replace(changed, start_from=str(begun)), tmp_path / f"next_{number}")
+        heads = sj.load_heads(directory, target.config)
+        save_heads(begun, heads, {"backbone": owner})
+        changed_meanwhile = functools.partial(save_heads, begun, heads, {"backbone": "1" * 16})
+        with monkeypatch.context() as patch:
+            patch.setattr(fit_heads, "train", followed_by(fit_heads.train, changed_meanwhile))
+            _, printed = run(dataclasses.replace(changed, start_from=str(begun)), tmp_path / f"next_{number}")
+        assert heads_metadata(begun)["backbone"] == "1" * 16
         assert {k: v for k, v in heads_metadata(tmp_path / f"next_{number}").items() if k == "backbone"} == kept
         assert ("they are a start for heads of this model" in " ".join(printed.split())) == said
     # The same run goes on from its end, and averages its heads with those that it began with.

@@ -1,12 +1,14 @@
 """Medusa-2 end to end, as `specjax run` runs it, alone and as two processes; the README's commands for training."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import save_chat_model
+from conftest import followed_by, save_chat_model
 from jax.sharding import AbstractMesh, AxisType
 
 import specjax as sj
@@ -28,7 +30,7 @@ from specjax.drafters.build import build_drafter
 from specjax.fingerprint import fingerprint
 from specjax.heads import init_heads
 from specjax.loading.heads import heads_metadata
-from specjax.training import loop
+from specjax.training import fit_joint, loop
 from specjax.training.mesh import MeshConfig
 from specjax.training.quality import selected
 
@@ -188,7 +190,7 @@ def get_config():
 """
 
 
-def test_going_on_from_heads(target, experiment, alone, tmp_path, capsys):
+def test_going_on_from_heads(target, experiment, alone, tmp_path, capsys, monkeypatch):
     """Two stages, each from heads that there are, whose number and vocabulary hold: Medusa-1, then Medusa-2."""
     whole, result = alone
     (tmp_path / "one.py").write_text(STAGE_ONE.format(str(experiment)))
@@ -224,9 +226,14 @@ def test_going_on_from_heads(target, experiment, alone, tmp_path, capsys):
     assert main([*convert, str(tmp_path / "a"), "--model", str(target)]) == 2
     assert "belong to a backbone that was fitted with them" in capsys.readouterr().err
     # Medusa-1 once more: on that backbone the heads belong to it, too; on another model they are a start alone.
-    last = ["run", str(tmp_path / "one.py"), *other, "--start-from", str(tmp_path / "two" / "heads.safetensors")]
+    # What the heads' file says of that is read when they are: it may change while they are trained.
+    begun = tmp_path / "begun.safetensors"
+    changed_meanwhile = functools.partial(shutil.copy, whole / "heads.safetensors", begun)
+    monkeypatch.setattr(fit_joint, "fit_joint", followed_by(fit_joint.fit_joint, changed_meanwhile))
+    last = ["run", str(tmp_path / "one.py"), *other, "--start-from", str(begun)]
     stages = {"three": str(tmp_path / "two" / "backbone"), "four": str(target)}
     for (name, on), owner, said in zip(stages.items(), (named[1], None), (False, True), strict=True):
+        shutil.copy(tmp_path / "two" / "heads.safetensors", begun)
         text = str(tmp_path / f"{name}_text")  # of that model's own
         assert main([*last, "--output-dir", str(tmp_path / name), "--model", on, "--data.directory", text]) == 0
         assert heads_metadata(tmp_path / name / "heads.safetensors").get("backbone") == owner
