@@ -50,10 +50,24 @@ Over float32's baseline the last two at 0.96 and 1.00. A fourth time, later (6:0
     medusa_bf16        bfloat16   6      1.50          0.50            1.18 (0.83-1.43)  8 of 10
     ngram+medusa_bf16  bfloat16   9      1.72          0.72            1.31 (0.76-2.44)  7 of 10
 
-Over float32's baseline the last two at 0.98 and 1.06: it is bfloat16's baseline that was slower. Speed-ups of runs on
-this kind of machine differ by more than a tenth; what the new heads bring is seen in tokens per round. Half an hour
-before the first of them, with the first heads (`train_smollm2_medusa.py`; `result_first_heads_zen3.json`; files read
-beside it; 6:31):
+Over float32's baseline the last two at 0.98 and 1.06: bfloat16's baseline was slower than in the other runs (both were
+slower than in the third). Speed-ups of runs on this kind of machine differ by more than a tenth; what the new heads
+bring is seen in tokens per round.
+
+On an Intel Xeon with AVX-512 bf16 but no AMX (3:00, nothing else running; `result_xeon.json`; 38.7 tokens a second in
+float32, 39.4 in bfloat16):
+
+    medusa             float32    4      1.38          0.38            0.91 (0.71-1.20)  10 of 10
+    ngram+medusa       float32    8      1.65          0.65            1.02 (0.65-1.68)  10 of 10
+    medusa_bf16        bfloat16   4      1.39          0.39            1.15 (0.86-1.33)  7 of 10
+    ngram+medusa_bf16  bfloat16   9      1.72          0.72            1.14 (0.83-1.98)  8 of 10
+
+Over bfloat16's baseline the first two at 0.93 and 1.01. Twice more, an hour later (2:57 and 2:55, nothing else running;
+`result_second_run_xeon.json`, `result_third_run_xeon.json`), in the table's order: 0.95, 0.97, 1.15, 1.15 and 0.97,
+1.02, 1.17, 1.17; over the faster baseline 0.95, 0.97, 1.14, 1.14 and 0.93, 0.98, 1.17, 1.17.
+
+Half an hour before the first run on the Zen 3, there with the first heads (`train_smollm2_medusa.py`;
+`result_first_heads_zen3.json`; files read beside it; 6:31):
 
     medusa             float32    4      1.36          0.36            0.97 (0.71-1.38)  10 of 10
     ngram+medusa       float32    8      1.63          0.63            1.11 (0.66-1.74)  10 of 10

@@ -17,7 +17,7 @@ nothing else running, jax 0.10.2, torch 2.13), 5 alternating repeats, median (mi
 
 Our step takes chunks of positions whose logits stay in the cache, so that its speed hardly depends on the size;
 PyTorch's falls once a head's logits (32 MB at the first size) outgrow the machine's 32 MB of level-3 cache. The aim of
-1.2 is reached with 4,096 positions, here with the whole vocabulary too, and missed with fewer (our heads were trained
+1.2 is reached here with 4,096 positions and with the whole vocabulary, and missed with fewer (our heads were trained
 with 1,024). There the products bound both sides: a step has 85 GFLOP, which ours does at 185 GFLOP/s in float32 and 317
 in bfloat16, and lone products of these shapes reach at best 200 and 370 here (PyTorch's 200 and 408).
 
@@ -39,12 +39,32 @@ And on a third one, the same way, all sizes within a quarter of an hour:
     2,048      8,192    float32    1329         1039       1.29 (1.17-1.49)
     4,096      8,192    float32    1318         936        1.41 (1.28-1.54)
 
-So at 2,048, the trainer's default, the aim is reached in both of the longer runs, and not in the one of 5. Ours goes at
-79 to 116 GFLOP/s; a step with nothing but its products, no softmax, is no faster (1,291 positions a second beside
-1,281, 9 alternating repeats with 1,024; script not kept), nor are chunks of another size or a transposed projection:
-the products bound it. Beside other work the ratio with 1,024 was 1.47 (1.08-1.99) over 7 repeats; on one core, in CPU
-time, 1.29 in each of 3. Products in bfloat16 are emulated there: torch then takes tens of seconds a step, ours longer
-than in float32. The third day's results are in `records`.
+So at 2,048, the trainer's default, the aim is reached in both of the longer runs there, and not in the one of 5. Ours
+goes at 79 to 116 GFLOP/s; a step with nothing but its products, no softmax, is no faster (1,291 positions a second
+beside 1,281, 9 alternating repeats with 1,024; script not kept), nor are chunks of another size or a transposed
+projection: the products bound it. Beside other work the ratio with 1,024 was 1.47 (1.08-1.99) over 7 repeats; on one
+core, in CPU time, 1.29 in each of 3. Products in bfloat16 are emulated there: torch then takes tens of seconds a step,
+ours longer than in float32.
+
+On an Intel Xeon with AVX-512 bf16 but no AMX, whose level-3 cache has 260 MB (2 CPU cores, nothing else running), 9
+repeats, 5 for the whole vocabulary:
+
+    1,024      8,192    float32    2838         2809       1.00 (0.92-1.03)
+    1,024      8,192    bfloat16   1748         1719       1.02 (0.99-1.06)
+    2,048      8,192    float32    2804         2585       1.09 (1.03-1.15)
+    2,048      8,192    bfloat16   1766         1597       1.10 (1.09-1.12)
+    4,096      8,192    float32    2810         2456       1.14 (1.11-1.18)
+    4,096      8,192    bfloat16   1782         1555       1.14 (1.12-1.17)
+    1,024      49,152   float32    384          418        0.91 (0.88-0.95)
+    1,024      49,152   bfloat16   268          268        1.00 (0.99-1.01)
+    2,048      49,152   float32    375          413        0.91 (0.90-0.93)
+    2,048      49,152   bfloat16   255          251        1.02 (0.99-1.09)
+
+There the aim is missed at every size, and with the whole vocabulary PyTorch is the faster: its logits stay in the
+cache, and its products are faster. Lone float32 products of these shapes reach 210 to 277 GFLOP/s in XLA's way and 193
+to 315 in PyTorch's (the gradient's, 210 to 259 and 275 to 315), and our step does 233 (8,192 rows) and 177. Chunks of
+another size change nothing (2,757 to 2,807 positions a second with 64 to 512 positions, 373 to 380 with 64 to 213 and
+the whole vocabulary; 5 repeats by turns, scripts not kept). This day's results and the third day's are in `records`.
 """
 
 from specjax.analysis.torch_step import TorchStep
