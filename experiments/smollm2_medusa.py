@@ -54,8 +54,8 @@ Over float32's baseline the last two at 0.98 and 1.06: bfloat16's baseline was s
 slower than in the third). Speed-ups of runs on this kind of machine differ by more than a tenth; what the new heads
 bring is seen in tokens per round.
 
-On an Intel Xeon with AVX-512 bf16 but no AMX (3:00, nothing else running; `result_xeon.json`; 38.7 tokens a second in
-float32, 39.4 in bfloat16):
+The same heads on an Intel Xeon with AVX-512 bf16 but no AMX (3:00, nothing else running; `result_xeon.json`; 38.7
+tokens a second in float32, 39.4 in bfloat16):
 
     medusa             float32    4      1.38          0.38            0.91 (0.71-1.20)  10 of 10
     ngram+medusa       float32    8      1.65          0.65            1.02 (0.65-1.68)  10 of 10

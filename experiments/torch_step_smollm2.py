@@ -17,9 +17,10 @@ nothing else running, jax 0.10.2, torch 2.13), 5 alternating repeats, median (mi
 
 Our step takes chunks of positions whose logits stay in the cache, so that its speed hardly depends on the size;
 PyTorch's falls once a head's logits (32 MB at the first size) outgrow the machine's 32 MB of level-3 cache. The aim of
-1.2 is reached here with 4,096 positions and with the whole vocabulary, and missed with fewer (our heads were trained
-with 1,024). There the products bound both sides: a step has 85 GFLOP, which ours does at 185 GFLOP/s in float32 and 317
-in bfloat16, and lone products of these shapes reach at best 200 and 370 here (PyTorch's 200 and 408).
+1.2 is reached here with 4,096 positions and with the whole vocabulary, and missed with fewer positions over 8,192 rows
+(our heads were trained with 1,024). There the products bound both sides: a step of 1,024 has 83 GFLOP, which ours does
+at 179 GFLOP/s in float32 and 308 in bfloat16, and lone products of these shapes reach at best 200 and 370 here
+(PyTorch's 200 and 408).
 
 Without AVX-512 (2 CPU cores, AMD EPYC Zen 3, nothing else running), float32, 5 repeats, 4 for the whole vocabulary:
 
@@ -40,7 +41,7 @@ And on a third one, the same way, all sizes within a quarter of an hour:
     4,096      8,192    float32    1318         936        1.41 (1.28-1.54)
 
 So at 2,048, the trainer's default, the aim is reached in both of the longer runs there, and not in the one of 5. Ours
-goes at 79 to 116 GFLOP/s; a step with nothing but its products, no softmax, is no faster (1,291 positions a second
+goes at 79 to 113 GFLOP/s; a step with nothing but its products, no softmax, is no faster (1,291 positions a second
 beside 1,281, 9 alternating repeats with 1,024; script not kept), nor are chunks of another size or a transposed
 projection: the products bound it. Beside other work the ratio with 1,024 was 1.47 (1.08-1.99) over 7 repeats; on one
 core, in CPU time, 1.29 in each of 3. Products in bfloat16 are emulated there: torch then takes tens of seconds a step,
@@ -60,11 +61,13 @@ repeats, 5 for the whole vocabulary:
     2,048      49,152   float32    375          413        0.91 (0.90-0.93)
     2,048      49,152   bfloat16   255          251        1.02 (0.99-1.09)
 
-There the aim is missed at every size, and with the whole vocabulary PyTorch is the faster: its logits stay in the
-cache, and its products are faster. Lone float32 products of these shapes reach 210 to 277 GFLOP/s in XLA's way and 193
-to 315 in PyTorch's (the gradient's, 210 to 259 and 275 to 315), and our step does 233 (8,192 rows) and 177. Chunks of
-another size change nothing (2,757 to 2,807 positions a second with 64 to 512 positions, 373 to 380 with 64 to 213 and
-the whole vocabulary; 5 repeats by turns, scripts not kept). This day's results and the third day's are in `records`.
+There the aim is missed at every size, and with the whole vocabulary PyTorch is the faster in float32. Its gradient
+products are: lone float32 ones of these shapes reach 210 to 259 GFLOP/s in XLA's way and 275 to 315 in PyTorch's (the
+logits' 210 to 277 and 193 to 247; script not kept). Our step does 227 to 229 with 8,192 rows and 172 to 176 with the
+whole vocabulary; what takes the rest there was not looked into. Chunks of another size change nothing: 2,757 to 2,807
+positions a second with 64 to 512 positions and 8,192 rows, 373 to 380 with 64 to 213 and the whole vocabulary (5
+repeats by turns, script not kept). Products in bfloat16, the trainer's default, are slower there than in float32 on
+both sides: `compute="float32"` is the better choice. This day's results and the third day's are in `records`.
 """
 
 from specjax.analysis.torch_step import TorchStep

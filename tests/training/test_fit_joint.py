@@ -236,6 +236,7 @@ def test_going_on_from_heads(target, experiment, alone, tmp_path, capsys, monkey
         shutil.copy(tmp_path / "two" / "heads.safetensors", begun)
         text = str(tmp_path / f"{name}_text")  # of that model's own
         assert main([*last, "--output-dir", str(tmp_path / name), "--model", on, "--data.directory", text]) == 0
+        assert heads_metadata(begun) == heads_metadata(whole / "heads.safetensors")
         assert heads_metadata(tmp_path / name / "heads.safetensors").get("backbone") == owner
         assert ("they are a start for heads of this model" in " ".join(capsys.readouterr().out.split())) == said
     assert main(["convert", "--heads", str(tmp_path / "three" / "heads.safetensors"), *convert[3:], str(tmp_path / "c"),
