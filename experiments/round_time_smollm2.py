@@ -15,6 +15,17 @@ Before bfloat16 loops stopped copying the weights (100 ms a call) and attention 
 step took 24.9 ms and 8 nodes 1.30 of them: the step has gained more than the round. Float32 products of 12 rows are
 slower than those of 16, so that 12 nodes take 16 rows.
 
+On an Intel Xeon with AVX-512 bf16 but no AMX (2 cores, jax 0.10.2, nothing else running):
+
+    nodes      1     2     4     5     8     9     16    32    64
+    bfloat16   1.00  1.07  1.26  1.36  1.60  1.81  2.46  4.20  7.29   steps of 23.6 ms (23.4-26.3)
+    float32    1.00  1.47  1.56  1.88  1.85  2.43  2.48  4.09  5.57   steps of 23.5 ms (23.4-26.6)
+
+There the layers' bfloat16 products take 18 ms with 2 rows (which a step has), 22 with 5 and 29 with 9; columns in place
+of rows, weights laid out the other way and padded rows are no faster up to 12 rows (a script that was not kept). In
+the demo's bfloat16 hybrid products take 30 of a round's 34 ms, 23 of a step's 25 (profiles): more tokens per round are
+what would raise its speed-up.
+
 Without AVX-512 (Zen 3, float32, an earlier state) 2, 4, 8 and 16 nodes cost 1.47, 1.50, 1.96 and 2.67 steps of 21.5
 ms. A step's products are matrix-vector ones that read the weights at 27 GB/s; those of a round are YNNPACK's (the
 MLP's first one reads them at 17 GB/s with 4 rows), and 6 and 12 rows take as long as 8 and more than 16. What did not

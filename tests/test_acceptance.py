@@ -7,7 +7,7 @@ import pytest
 
 import specjax as sj
 from specjax import reference
-from specjax.acceptance import Proposal, top_token
+from specjax.acceptance import Proposal, draw, top_token
 from specjax.sampling import warp
 
 TREES = [sj.Tree.chain(3), sj.Tree.cartesian((3, 2)), sj.Tree.preset("mc_sim_7b_63"), sj.Tree.chain(0)]
@@ -134,3 +134,12 @@ def test_lossless_rules_say_so():
     assert sj.Greedy.lossless
     assert sj.Sample.lossless
     assert not sj.Typical.lossless
+
+
+def test_a_token_is_drawn_as_jax_draws_one():
+    """`jax.random.categorical` for every key; impossible tokens never, and every possible one at times."""
+    logits = jnp.where(jnp.arange(50) % 3 == 1, -jnp.inf, jnp.sin(jnp.arange(50.0)))
+    keys = jax.random.split(jax.random.key(0), 2_000)
+    drawn = jax.jit(jax.vmap(draw, (None, 0)))(logits, keys)
+    np.testing.assert_array_equal(drawn, jax.vmap(jax.random.categorical, (0, None))(keys, logits))
+    assert set(drawn.tolist()) == set(np.flatnonzero(np.isfinite(logits)).tolist())
