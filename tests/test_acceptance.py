@@ -143,3 +143,15 @@ def test_a_token_is_drawn_as_jax_draws_one():
     drawn = jax.jit(jax.vmap(draw, (None, 0)))(logits, keys)
     np.testing.assert_array_equal(drawn, jax.vmap(jax.random.categorical, (0, None))(keys, logits))
     assert set(drawn.tolist()) == set(np.flatnonzero(np.isfinite(logits)).tolist())
+
+
+def test_typical_draws_after_the_path_that_it_accepts():
+    """With bonus="sample": from the deepest accepted node's law, cooled."""
+    logits = jnp.array([[5.0, 0.0, 0.0, 0.0], [0.0, 1.0, 2.0, 0.5]])  # of the root and of its child, token 0
+    rule, proposal = sj.Typical(temperature=0.5, bonus="sample"), Proposal(jnp.array([1, 0]))
+    keys = jax.random.split(jax.random.key(1), 500)
+    verdict = jax.vmap(lambda key: rule(logits, proposal, sj.Tree.chain(1), key))(keys)
+    assert (verdict.node == 1).all()
+    expected = jax.vmap(jax.random.categorical, (0, None))(keys, logits[1] / 0.5)
+    np.testing.assert_array_equal(verdict.next_token, expected)
+    assert len(set(expected.tolist())) == 4
