@@ -22,9 +22,9 @@ On an Intel Xeon with AVX-512 bf16 but no AMX (2 cores, jax 0.10.2, nothing else
     float32    1.00  1.47  1.56  1.88  1.85  2.43  2.48  4.09  5.57   steps of 23.5 ms (23.4-26.6)
 
 There the layers' bfloat16 products take 18 ms with 2 rows (which a step has), 22 with 5 and 29 with 9; columns in place
-of rows, weights laid out the other way and padded rows are no faster up to 12 rows. While the demo's bfloat16 hybrid
-decodes, all products take 30 of the 34 ms of a round, and 23 of the 25 of a step beside it, so that more tokens per
-round are what would raise its speed-up. (Scripts and profiles that were not kept.)
+of rows, weights laid out the other way and padded rows are no faster up to 12 rows. In profiles of the loops, one after
+the other, all products take 30 of the 34 ms of a round of the demo's bfloat16 hybrid, and 23 of the 25 of an
+autoregressive step: what is not a product could gain little. (Scripts and profiles that were not kept.)
 
 Without AVX-512 (Zen 3, float32, an earlier state) 2, 4, 8 and 16 nodes cost 1.47, 1.50, 1.96 and 2.67 steps of 21.5
 ms. A step's products are matrix-vector ones that read the weights at 27 GB/s; those of a round are YNNPACK's (the

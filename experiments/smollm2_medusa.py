@@ -64,7 +64,9 @@ tokens a second in float32, 39.4 in bfloat16):
 
 Over bfloat16's baseline the first two at 0.93 and 1.01. Twice more, an hour later (2:57 and 2:55, nothing else running;
 `result_second_run_xeon.json`, `result_third_run_xeon.json`), in the table's order: 0.95, 0.97, 1.15, 1.15 and 0.97,
-1.02, 1.17, 1.17; over the faster baseline 0.95, 0.97, 1.14, 1.14 and 0.93, 0.98, 1.17, 1.17.
+1.02, 1.17, 1.17; over the faster baseline 0.95, 0.97, 1.14, 1.14 and 0.93, 0.98, 1.17, 1.17. Later that
+day, in a fresh clone (2:51, nothing else running; `result_fourth_run_xeon.json`): 0.95, 0.99, 1.16, 1.17; over the
+faster baseline 0.95, 0.99, 1.18, 1.18.
 
 Half an hour before the first run on the Zen 3, there with the first heads (`train_smollm2_medusa.py`;
 `result_first_heads_zen3.json`; files read beside it; 6:31):
