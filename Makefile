@@ -44,6 +44,7 @@ lint: $(VENV)/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 # Two processes: most of the time is compilation, which uses one core. Real weights apart: tests/conftest.py says why.
 test: lint

@@ -38,7 +38,7 @@ round), 1.12 (1.61) and 0.97 (1.68); at T = 0.7 Medusa 1.06 and the hybrid 1.02;
 
 from typing import Any
 
-from specjax.experiment import DecodeExperiment, Decoding, Method, Prompts
+from specjax.studies.decode import DecodeExperiment, Decoding, Method, Prompts
 
 HEADS, DRAFT = "smollm2-135m-instruct", "smollm2-draft"
 DRAFTERS: dict[str, dict[str, Any]] = {

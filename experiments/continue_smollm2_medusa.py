@@ -41,8 +41,8 @@ bfloat16 changes roundings: it cannot be repeated to the bit. The aim of .45 .28
 these conversations do not help.
 """
 
-from specjax.training.distillation import Distillation
-from specjax.training.fit import FitHeads
+from specjax.corpus.build import Distillation
+from specjax.studies.train_heads import FitHeads
 from specjax.training.trainer import TrainConfig
 
 

@@ -8,9 +8,9 @@ prefers the same token in 49.7% of the places (`evaluate_draft_smollm2.py`). How
 decoding, and what that is worth in time, by temperature and category: `compare_drafters_smollm2.py`.
 """
 
-from specjax.training.distillation import Distillation
+from specjax.corpus.build import Distillation
+from specjax.studies.train_draft import FitDraft
 from specjax.training.draft import DistilConfig
-from specjax.training.fit_draft import FitDraft
 
 
 def get_config() -> FitDraft:

@@ -10,7 +10,8 @@ Evaluation text is a fiftieth of the prompts, by hash.
 Record: none yet; result.json and the manifest hold what a run made.
 """
 
-from specjax.training.distillation import Distillation, MakeText
+from specjax.corpus.build import Distillation
+from specjax.studies.make_text import MakeText
 
 
 def get_config() -> MakeText:

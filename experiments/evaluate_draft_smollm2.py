@@ -9,8 +9,8 @@ prefer the same token in 49.7% of the places; the cross-entropy with the text is
 are accepted less often (31% at T = 0, `compare_drafters_smollm2.py`).
 """
 
-from specjax.training.distillation import Distillation
-from specjax.training.fit_draft import EvaluateDraft
+from specjax.corpus.build import Distillation
+from specjax.studies.train_draft import EvaluateDraft
 
 
 def get_config() -> EvaluateDraft:

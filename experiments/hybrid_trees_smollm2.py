@@ -26,7 +26,7 @@ nodes: on the Zen 4 its median speed-up is the highest of the three that commit 
 Xeon there is nothing between these three, and smaller trees are faster.
 """
 
-from specjax.experiment import DecodeExperiment, Decoding, Method, Prompts
+from specjax.studies.decode import DecodeExperiment, Decoding, Method, Prompts
 
 HEADS = "smollm2-135m-instruct"
 MEDUSA = {3: "paths:0,1", 4: "paths:0,1,0.0", 5: "paths:0,1,2,0.0"}  # by number of nodes

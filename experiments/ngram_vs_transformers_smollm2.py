@@ -29,7 +29,7 @@ theirs 1.41 (1.02-3.30) and 1.81 (0.92-3.59). These are ratios to each side's ow
 casts in every product there. 5 and 4 of our 10 texts are as without lookup, 1 of theirs.
 """
 
-from specjax.analysis.prompt_lookup import PromptLookup
+from specjax.studies.prompt_lookup import PromptLookup
 
 
 def get_config() -> PromptLookup:

@@ -21,7 +21,7 @@ The table repeats the answers to 50 prompts, which speeds up the simulation: eve
 Over 200,000 random ranks a thousand trees take less than 10 s of CPU time (tests/real/test_simulation_speed.py).
 """
 
-from specjax.analysis.rank_pass import RankPass
+from specjax.studies.rank_pass import RankPass
 
 
 def get_config() -> RankPass:

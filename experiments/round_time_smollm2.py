@@ -35,7 +35,7 @@ reassociation allowed. Widening bfloat16 weights inside YNNPACK's product, with 
 (4, 8 and 16 nodes of SmolLM2 cost 1.1, 1.3 and 1.7 steps), but only as its step is slow: 35 ms.
 """
 
-from specjax.analysis.round_time import RoundTime
+from specjax.studies.round_time import RoundTime
 
 
 def get_config() -> RoundTime:

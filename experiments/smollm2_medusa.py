@@ -103,7 +103,7 @@ Over float32's baseline the last two are at 1.27 (0.85-1.64) and 1.54. An earlie
 1.38 (0.83-2.50).
 """
 
-from specjax.experiment import DecodeExperiment, Decoding, Method, Prompts
+from specjax.studies.decode import DecodeExperiment, Decoding, Method, Prompts
 
 
 def get_config() -> DecodeExperiment:

@@ -70,7 +70,7 @@ repeats by turns, script not kept). Products in bfloat16, the trainer's default,
 both sides: `compute="float32"` is the better choice. This day's results and the third day's are in `records`.
 """
 
-from specjax.analysis.torch_step import TorchStep
+from specjax.studies.torch_step import TorchStep
 
 
 def get_config() -> TorchStep:

@@ -9,8 +9,8 @@ mesh and on several hosts (`--mesh.data`, `--mesh.model`, `--hosts.*`), as `trai
 Record: none; the tests run it on tiny models.
 """
 
-from specjax.training.distillation import Distillation
-from specjax.training.fit_joint import FitJoint
+from specjax.corpus.build import Distillation
+from specjax.studies.train_joint import FitJoint
 from specjax.training.joint import JointConfig
 
 

@@ -7,8 +7,8 @@ Needs a network for the first run (or the model in Hugging Face's cache), and is
 million tokens of answers, then three epochs over their features. No record yet: it has not been run to the end.
 """
 
-from specjax.training.distillation import Distillation
-from specjax.training.fit import FitHeads
+from specjax.corpus.build import Distillation
+from specjax.studies.train_heads import FitHeads
 from specjax.training.trainer import TrainConfig
 
 

@@ -17,7 +17,7 @@ Accuracy of heads 1 to 4, and tokens per round of the tree cartesian:3,2,1,1 (22
 A model this small repeats itself, which makes it easy to foresee; the figures say nothing about larger targets.
 """
 
-from specjax.training.fit_draft_heads import FitDraftHeads
+from specjax.studies.train_draft_heads import FitDraftHeads
 from specjax.training.trainer import TrainConfig
 
 

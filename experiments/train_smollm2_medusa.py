@@ -32,8 +32,8 @@ More text is what helps. A larger draft vocabulary does not (12,288 to 49,152, w
 nodes), and neither does distilling the target's distribution in place of its tokens (1.466 against 1.464 at 8 nodes).
 """
 
-from specjax.training.distillation import Distillation
-from specjax.training.fit import FitHeads
+from specjax.corpus.build import Distillation
+from specjax.studies.train_heads import FitHeads
 from specjax.training.trainer import TrainConfig
 
 

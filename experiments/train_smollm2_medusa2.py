@@ -42,8 +42,8 @@ losses fell from 9.8 11.4 12.0 12.0 to 5.6 7.3 8.1 8.0 nats, head 1's top-1 accu
 round from 1.10 to 1.24 (1.26 at step 20); the backbone diverged from the frozen target by 0.005 nats.
 """
 
-from specjax.training.distillation import Distillation
-from specjax.training.fit_joint import FitJoint
+from specjax.corpus.build import Distillation
+from specjax.studies.train_joint import FitJoint
 from specjax.training.joint import JointConfig
 from specjax.training.lora import LoraConfig
 

@@ -11,7 +11,7 @@ LM head, by at least 0.15 (head 1) and 0.03 (heads 2 and 3) in top-1 accuracy an
     186    0.548 0.459 0.437   0.635 0.573 0.563   1.969
 """
 
-from specjax.training.fit_random import FitRandomQwen2
+from specjax.studies.train_random import FitRandomQwen2
 from specjax.training.trainer import TrainConfig
 
 

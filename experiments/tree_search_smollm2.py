@@ -51,7 +51,7 @@ logits that parted were at most 0.054 apart). In float32 on a Zen 3, in an earli
 nodes, was the fastest tree, at 0.99 of autoregressive decoding.
 """
 
-from specjax.analysis.tree_search import TreeSearch
+from specjax.studies.tree_search import TreeSearch
 
 
 def get_config() -> TreeSearch:

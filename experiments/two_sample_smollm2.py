@@ -10,7 +10,7 @@ autoregressive one; 0.311 with the draft model's tree (0.15 drafts accepted per 
 accepted: after this prompt the heads are seldom right). With earlier heads Medusa's was 0.301 (0.02 accepted).
 """
 
-from specjax.analysis.two_sample import TwoSample
+from specjax.studies.two_sample import TwoSample
 
 
 def get_config() -> TwoSample:

@@ -25,7 +25,7 @@ import numpy as np
 from IPython.display import display
 
 import specjax as sj
-from specjax import analysis as lab
+from specjax import lab
 
 model = sj.load_model("smollm2-135m-instruct")
 heads = sj.load_heads("smollm2-135m-instruct", model.config, dtype="float32")

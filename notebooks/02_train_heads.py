@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 
 import specjax as sj
-from specjax.training import TrainConfig, answer, dataset, distinct, init_heads, seed_prompts, train
+from specjax.lab import TrainConfig, answer, dataset, distinct, init_heads, seed_prompts, train
 
 target, token_map = sj.load_draft("smollm2-draft")
 print(target.config.family, "of", sum(leaf.size for leaf in jax.tree.leaves(target.params)), "parameters")

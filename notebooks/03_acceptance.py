@@ -23,7 +23,7 @@ import numpy as np
 from IPython.display import display
 
 import specjax as sj
-from specjax import analysis as lab
+from specjax import lab
 
 name = "smollm2-135m-instruct"
 model = sj.load_model(name)
@@ -46,7 +46,7 @@ for label, table in (("distilled", distilled), ("prompts", fresh)):
     print(f"{label:10s} {len(table.tokens):6d} tokens; top-1 accuracy of heads 1 to 4: {accuracy}")
 
 # %%
-display(lab.rank_plots.accuracy_by_head(distilled), lab.rank_plots.accuracy_by_category(fresh))
+display(lab.rank_figures.accuracy_by_head(distilled), lab.rank_figures.accuracy_by_category(fresh))
 
 # %% [markdown]
 # The gap between the two lines of numbers is the most important thing here: heads that were measured on text like their
@@ -59,7 +59,7 @@ display(lab.rank_plots.accuracy_by_head(distilled), lab.rank_plots.accuracy_by_c
 # chains. The further the head looks, the flatter the row.
 
 # %%
-display(lab.rank_plots.rank_heatmap(distilled))
+display(lab.rank_figures.rank_heatmap(distilled))
 
 # %% [markdown]
 # ## Heads are not independent
@@ -80,7 +80,7 @@ for rank in range(3):
 # probability therefore says which drafts are better than others, but not how often they will be accepted: that is counted.
 
 # %%
-display(lab.rank_plots.calibration(distilled))
+display(lab.rank_figures.calibration(distilled))
 for head in range(distilled.num_heads):
     believed, right = distilled.confidence[distilled.rooted, head].mean(), distilled.accuracy(1)[head]
     print(f"head {head + 1} gives its best token {believed:.2f} on average, and is right {right:.2f} of the time")
@@ -93,7 +93,7 @@ for head in range(distilled.num_heads):
 # often; where it is flat, there is little to guess. The bins hold as many drafts each.
 
 # %%
-display(lab.rank_plots.accuracy_by_entropy(distilled))
+display(lab.rank_figures.accuracy_by_entropy(distilled))
 edges, index = distilled.entropy_bins(4)
 for quarter in range(4):
     inside = index == quarter
@@ -113,7 +113,7 @@ for quarter in range(4):
 tree = sj.Tree.cartesian((4, 3, 1))
 first = fresh.select(lambda i: i == 0)
 pieces = [model.tokenizer.decode([int(t)]) for t in first.tokens]
-display(lab.rank_plots.text_acceptance(pieces, lab.drafted(first, tree)))
+display(lab.rank_figures.text_acceptance(pieces, lab.drafted(first, tree)))
 
 # %% [markdown]
 # ## By category

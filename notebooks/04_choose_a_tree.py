@@ -25,7 +25,7 @@ import numpy as np
 from IPython.display import display
 
 import specjax as sj
-from specjax import analysis as lab
+from specjax import lab
 
 name = "smollm2-135m-instruct"
 model = sj.load_model(name)
@@ -61,7 +61,7 @@ bounds = {
     f"any tree of depth {depth}, ranks below {checked_on.cap}": lab.upper_bound(checked_on, depth)
     for depth in (1, 2, 4)
 }
-display(lab.rank_plots.tokens_against_nodes(curves, bounds))
+display(lab.rank_figures.tokens_against_nodes(curves, bounds))
 for size, walk, independent in zip(sizes, curves["walk"], curves["independent"], strict=True):
     print(f"{size:3d} nodes: walk {walk[1]:.3f}, independent {independent[1]:.3f}")
 
@@ -74,7 +74,7 @@ for size, walk, independent in zip(sizes, curves["walk"], curves["independent"],
 
 # %%
 (sixteen,) = lab.search_trees(chosen_on, [16])
-display(lab.draw_tree(sixteen.tree, edge_values=lab.rank_plots.edge_acceptance(chosen_on, sixteen.tree)).figure)
+display(lab.draw_tree(sixteen.tree, edge_values=lab.rank_figures.edge_acceptance(chosen_on, sixteen.tree)).figure)
 print(sixteen.tree.provenance["search"])
 
 # %% [markdown]
@@ -119,7 +119,7 @@ speed = {
         (one.tree.size, times.tokens_per_second(one.tree.size, one.tokens_per_round)) for one in other
     ],
 }
-display(lab.rank_plots.speed_against_nodes(speed, times.tokens_per_second(1, 1.0)))
+display(lab.rank_figures.speed_against_nodes(speed, times.tokens_per_second(1, 1.0)))
 best = times.fastest(found).tree
 promised = {one.tree: one.tokens_per_round for one in other}[best]
 print(f"chosen: {best.size} nodes, which promises {promised:.2f} tokens per round on text of this kind,")

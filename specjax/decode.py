@@ -18,14 +18,15 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from specjax.acceptance import Acceptance, Greedy
-from specjax.cache import KVCache
-from specjax.config import ModelConfig
+from specjax.checks import check_implements, check_is, is_whole
 from specjax.drafters.base import Drafter, NoDrafter
-from specjax.errors import ConfigError, PromptError, check_implements, check_is, is_whole
+from specjax.errors import ConfigError, PromptError
 from specjax.loading.load import Model
 from specjax.loop import State, batch_loop, begin, loop, round_, start
-from specjax.model import PREFILL_CHUNK, read
-from specjax.params import Params
+from specjax.target.cache import KVCache
+from specjax.target.config import ModelConfig
+from specjax.target.model import PREFILL_CHUNK, read
+from specjax.target.params import Params
 
 __all__ = [
     "Generation",

@@ -1,11 +1,5 @@
 """Every error specjax raises on purpose. Each message names the value, what was expected, and the remedy."""
 
-import inspect
-import reprlib
-from typing import Any
-
-import numpy as np
-
 
 class SpecJaxError(Exception):
     """Base of all deliberate errors; catch this to catch them all."""
@@ -29,42 +23,3 @@ class PromptError(SpecJaxError, ValueError):
 
 class DataError(SpecJaxError, ValueError):
     """Training or evaluation data that is empty, malformed or made for another model."""
-
-
-def is_whole(value: Any) -> bool:
-    """Whether it is a whole number by type; a bool is not, nor is 2.0."""
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
-def check_is(value: Any, kind: type, what: str, remedy: str) -> None:
-    """Checks an argument's type, where a wrong one would fail somewhere inside.
-
-    Raises:
-      ConfigError: a value of another type; the message says `what` it is and gives the `remedy`.
-    """
-    if not isinstance(value, kind):
-        given = repr(value) if value is None or isinstance(value, str | int | float) else f"a {type(value).__name__}"
-        raise ConfigError(f"{what} is {given}, not a {kind.__name__}; {remedy}")
-
-
-def check_implements(value: Any, protocol: type, examples: str) -> None:
-    """Checks that an object, a user's own perhaps, has what the loop is going to call.
-
-    Raises:
-      ConfigError: a class in place of an instance, or an object without some members of the protocol.
-    """
-    name = protocol.__name__
-    if isinstance(value, type):
-        raise ConfigError(f"{value.__name__} is a class; pass an instance of it, such as {examples}.")
-    members = sorted({*vars(protocol), *inspect.get_annotations(protocol)})
-    wanted = [member for member in members if member == "__call__" or not member.startswith("_")]
-    # Statically: a property may fail for a reason of its own. A subclass of the protocol inherits its empty bodies.
-    absent = object()
-    found = {member: inspect.getattr_static(value, member, absent) for member in wanted}
-    missing = [m for m in wanted if found[m] is absent or found[m] is vars(protocol).get(m)]
-    if hasattr(type(value), "__getattr__"):  # a wrapper that hands on what it lacks
-        missing = [member for member in missing if not hasattr(value, member)]
-    if missing:
-        raise ConfigError(
-            f"{reprlib.repr(value)} is no {name}: it lacks {', '.join(missing)}. Pass one such as {examples}."
-        )

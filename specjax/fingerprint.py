@@ -33,3 +33,12 @@ def float_dtype(tree: Any) -> str:
 def text_fingerprint(text: str) -> str:
     """The first 16 hex digits of the SHA-256 of `text`."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def arrays_fingerprint(*arrays: np.ndarray) -> str:
+    """The first 16 hex digits of a SHA-256 over shapes, dtypes and values."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(str((array.shape, array.dtype.name)).encode())
+        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+    return digest.hexdigest()[:16]

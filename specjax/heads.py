@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from specjax.config import ModelConfig
-from specjax.errors import ConfigError, is_whole
-from specjax.model import dot
-from specjax.params import Params
+from specjax.checks import is_whole
+from specjax.errors import ConfigError
+from specjax.target.config import ModelConfig
+from specjax.target.model import dot
+from specjax.target.params import Params
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from specjax import cache as kv
 from specjax.acceptance import Acceptance
-from specjax.config import ModelConfig
 from specjax.drafters.base import Context, Drafter
 from specjax.errors import ConfigError
-from specjax.model import fast_rows, forward, read, unembed
-from specjax.params import Params
 from specjax.proposal import NO_DRAFT, Proposal, Verdict
+from specjax.target import cache as kv
+from specjax.target.config import ModelConfig
+from specjax.target.model import fast_rows, forward, read, unembed
+from specjax.target.params import Params
 from specjax.tree import Tree
 
 

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from specjax.config import ModelConfig
 from specjax.errors import ConfigError, PromptError, TreeError
-from specjax.model import forward, unembed
-from specjax.params import Params
+from specjax.target.config import ModelConfig
+from specjax.target.model import forward, unembed
+from specjax.target.params import Params
 from specjax.tree import Tree
 
 

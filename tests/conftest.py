@@ -14,12 +14,12 @@ import pytest
 import tokenizers
 
 import specjax as sj
-from specjax import params
 from specjax.heads import init_heads
-from specjax.loading.heads import save_heads
+from specjax.loading.head_files import save_heads
 from specjax.loading.hf import save_hf
 from specjax.loading.tokenizer import Tokenizer
 from specjax.proposal import Proposal
+from specjax.target import params
 
 REAL = Path(__file__).parent / "real"
 

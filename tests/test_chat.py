@@ -10,9 +10,9 @@ from conftest import noisy_heads, tiny_model
 from rich.console import Console
 
 import specjax as sj
-from specjax.chat import Shown, show
+from specjax.cli.terminal import Shown, show
+from specjax.loading.text_stream import TextStream
 from specjax.loading.tokenizer import Tokenizer
-from specjax.text import TextStream
 
 
 @pytest.fixture(scope="module")

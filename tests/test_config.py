@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 import specjax as sj
-from specjax.config import RopeScaling
+from specjax.target.config import RopeScaling
 
 LLAMA = {
     "model_type": "llama", "vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,

@@ -10,12 +10,12 @@ import pytest
 from conftest import noisy_heads, scripted, tiny_model
 
 import specjax as sj
-from specjax import cache as kv
 from specjax import decode, reference
 from specjax.drafters.base import Drafter, NoDrafter
 from specjax.heads import draft_projection, top_tokens
-from specjax.model import forward, unembed
 from specjax.proposal import Proposal
+from specjax.target import cache as kv
+from specjax.target.model import forward, unembed
 
 PROMPT = np.array([7, 3, 50, 11, 4])
 TREES = [sj.Tree.preset(name) for name in sj.Tree.presets()] + [

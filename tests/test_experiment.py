@@ -16,11 +16,13 @@ from conftest import HITS
 from rich.console import Console
 
 import specjax as sj
-from specjax import bench, decode
-from specjax.analysis.round_time import choose_tree
-from specjax.analysis.search import expected_tokens, greedy_tree
-from specjax.cli import main
-from specjax.experiment import DecodeExperiment, Decoding, Method, Prompts, configured, load_config
+from specjax import decode
+from specjax.cli.main import main
+from specjax.ranks.search import expected_tokens, greedy_tree
+from specjax.studies import compare as bench
+from specjax.studies.decode import DecodeExperiment, Decoding, Method, Prompts
+from specjax.studies.round_time import choose_tree
+from specjax.studies.runner import configured, load_config
 
 
 @pytest.fixture
@@ -29,7 +31,7 @@ def experiment(checkpoint, tmp_path):
     file = tmp_path / "tiny.py"
     file.write_text(
         f"""
-from specjax.experiment import DecodeExperiment, Decoding, Method, Prompts
+from specjax.studies.decode import DecodeExperiment, Decoding, Method, Prompts
 def get_config():
     return DecodeExperiment("tiny", {str(checkpoint)!r}, (
         Method("autoregressive", "float32"),
@@ -365,7 +367,7 @@ def test_compare_refuses(checkpoint):
 
 def test_the_gap_is_that_of_the_two_best_logits(checkpoint):
     model = sj.load_model(checkpoint)
-    from specjax.model import forward, unembed
+    from specjax.target.model import forward, unembed
 
     ids = [5, 9, 200]
     logits = np.sort(unembed(model.params, forward(model.params, model.config, jnp.array(ids)).features)[-1])

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from specjax.config import ModelConfig
 from specjax.drafters.medusa import MedusaDrafter
 from specjax.errors import ConfigError
 from specjax.heads import (
@@ -21,8 +20,9 @@ from specjax.heads import (
     project,
     top_tokens,
 )
-from specjax.model import unembed
-from specjax.params import init
+from specjax.target.config import ModelConfig
+from specjax.target.model import unembed
+from specjax.target.params import init
 from specjax.tree import Tree
 
 TARGET = ModelConfig("llama", vocab_size=30, hidden_size=16, intermediate_size=24, num_layers=1, num_heads=4,

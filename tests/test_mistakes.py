@@ -7,10 +7,10 @@ from conftest import byte_tokenizer, noisy_heads, tiny_model
 
 import specjax as sj
 import specjax.loading.load
-from specjax.bench import Contender, Request, compare
-from specjax.cli import main
-from specjax.experiment import Decoding
+from specjax.cli.main import main
 from specjax.loading.tokenizer import Tokenizer
+from specjax.studies.compare import Contender, Request, compare
+from specjax.studies.decode import Decoding
 
 TREE = sj.Tree.chain(2)
 

@@ -8,7 +8,7 @@ from conftest import tiny_config
 from jax.sharding import AbstractMesh, PartitionSpec
 
 import specjax as sj
-from specjax import params
+from specjax.target import params
 
 
 @pytest.mark.parametrize("changes", [{}, {"family": "qwen2", "qkv_bias": True, "tie_word_embeddings": True}])

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import specjax as sj
-from specjax.prompts import load_prompts
+from specjax.corpus.prompts import load_prompts
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 

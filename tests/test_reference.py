@@ -6,11 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from specjax import params as params_lib
 from specjax import reference
-from specjax.config import ModelConfig
 from specjax.errors import ConfigError, PromptError, TreeError
-from specjax.model import forward, unembed
+from specjax.target import params as params_lib
+from specjax.target.config import ModelConfig
+from specjax.target.model import forward, unembed
 from specjax.tree import Tree
 
 VOCAB = 11

@@ -241,7 +241,7 @@ def test_ascii():
 
 
 def test_plot(tmp_path):
-    from specjax.analysis.tree_plot import draw_tree, layout
+    from specjax.report.tree_figure import draw_tree, layout
 
     for tree in (Tree.chain(0), Tree.chain(3), Tree.cartesian((3, 2)), Tree.preset("mc_sim_7b_63")):
         positions = layout(tree)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from specjax.loading.load import Model
-from specjax.params import Params
 from specjax.proposal import Proposal, Verdict
+from specjax.target.params import Params
 from specjax.tree import Tree
 
 

@@ -7,14 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from specjax import cache as kv
+from specjax.checks import check_is
 from specjax.drafters.base import Context
-from specjax.errors import ConfigError, TreeError, check_is
+from specjax.errors import ConfigError, TreeError
 from specjax.loading.load import Model
-from specjax.model import forward, read, unembed
-from specjax.params import Params
 from specjax.proposal import NO_DRAFT, Proposal, Verdict
 from specjax.sampling import check, warp
+from specjax.target import cache as kv
+from specjax.target.model import forward, read, unembed
+from specjax.target.params import Params
 from specjax.tree import Tree
 
 

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from specjax.checks import check_implements
 from specjax.drafters.base import Context, Drafter
-from specjax.errors import ConfigError, check_implements
+from specjax.errors import ConfigError
 from specjax.loading.load import Model
-from specjax.params import Params
 from specjax.proposal import NO_DRAFT, Proposal, Verdict
+from specjax.target.params import Params
 from specjax.tree import Tree
 
 

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from specjax.checks import check_is
 from specjax.drafters.base import Context
-from specjax.errors import TreeError, check_is
+from specjax.errors import TreeError
 from specjax.heads import Heads, draft_projection, top_tokens
 from specjax.loading.load import Model
-from specjax.params import Params
 from specjax.proposal import Proposal, Verdict
+from specjax.target.params import Params
 from specjax.tree import Tree
 
 

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from specjax.checks import check_is, is_whole
 from specjax.drafters.base import Context
-from specjax.errors import ConfigError, check_is, is_whole
+from specjax.errors import ConfigError
 from specjax.loading.load import Model
-from specjax.params import Params
 from specjax.proposal import NO_DRAFT, Proposal, Verdict
+from specjax.target.params import Params
 from specjax.tree import Tree
 
 

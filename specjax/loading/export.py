@@ -15,11 +15,11 @@ from safetensors.numpy import save_file
 from specjax.errors import CheckpointError, ConfigError
 from specjax.heads import Heads
 from specjax.loading import torch_pickle
+from specjax.loading.head_files import save_heads
 from specjax.loading.head_layouts import LAYOUTS, HeadLayout
-from specjax.loading.heads import save_heads
 from specjax.loading.hf import save_hf
 from specjax.loading.load import Model
-from specjax.params import Params
+from specjax.target.params import Params
 
 
 @dataclass(frozen=True)

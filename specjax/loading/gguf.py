@@ -11,10 +11,10 @@ import numpy as np
 from gguf.quants import dequantize
 from jax.typing import DTypeLike
 
-from specjax.config import ModelConfig
 from specjax.errors import CheckpointError
 from specjax.loading import layout
-from specjax.params import Params
+from specjax.target.config import ModelConfig
+from specjax.target.params import Params
 
 _ROPE_DIVISORS = "rope_freqs.weight"
 

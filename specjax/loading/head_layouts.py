@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from specjax.config import ModelConfig
-from specjax.errors import CheckpointError, ConfigError, is_whole
+from specjax.checks import is_whole
+from specjax.errors import CheckpointError, ConfigError
 from specjax.heads import Heads, MedusaConfig, check_token_map
+from specjax.target.config import ModelConfig
 
 Shape = tuple[int, ...]
 

@@ -11,11 +11,11 @@ import numpy as np
 import safetensors.numpy
 from jax.typing import DTypeLike
 
-from specjax.config import ModelConfig
 from specjax.errors import CheckpointError
 from specjax.loading import layout
 from specjax.loading import safetensors as tensors
-from specjax.params import Params
+from specjax.target.config import ModelConfig
+from specjax.target.params import Params
 
 
 def load_hf(directory: str | os.PathLike[str], dtype: DTypeLike) -> tuple[Params, ModelConfig]:

@@ -1,4 +1,4 @@
-"""How stored tensors lie in `specjax.params.Params`: one table, read forwards to load and backwards to save.
+"""How stored tensors lie in `specjax.target.params.Params`: one table, read forwards to load and backwards to save.
 
 The tree of `params.abstract(config)` says which leaves there are; the table says which stored tensors make up each leaf
 and in which order of axes. Hugging Face and GGUF files differ only in names, and in how Llama's q/k rows are ordered.
@@ -15,9 +15,9 @@ import jax
 import numpy as np
 from jax.typing import DTypeLike
 
-from specjax.config import ModelConfig
 from specjax.errors import CheckpointError
-from specjax.params import Params, ParamSpec, abstract
+from specjax.target.config import ModelConfig
+from specjax.target.params import Params, ParamSpec, abstract
 
 CHUNK_BYTES = 16 << 20  # a stored tensor passes through memory in pieces of about this size
 

@@ -13,12 +13,12 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Int
 
-from specjax.config import ModelConfig
 from specjax.errors import CheckpointError
 from specjax.loading.gguf import load_gguf
 from specjax.loading.hf import load_hf, save_hf
 from specjax.loading.tokenizer import Tokenizer
-from specjax.params import Params, check_dtype
+from specjax.target.config import ModelConfig
+from specjax.target.params import Params, check_dtype
 
 # name -> (distribution, version, file in it). The file is found without importing the package, which needs llama.cpp.
 PACKAGED = {

@@ -20,7 +20,8 @@ import tokenizers
 from gguf import TokenType
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
-from specjax.errors import CheckpointError, PromptError, is_whole
+from specjax.checks import is_whole
+from specjax.errors import CheckpointError, PromptError
 
 
 class Tokenizer:

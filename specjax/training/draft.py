@@ -17,16 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from specjax import params as parameters
-from specjax.config import ModelConfig
+from specjax.corpus.conversation import Conversation, text_identity
 from specjax.errors import ConfigError
-from specjax.fingerprint import fingerprint, float_dtype
-from specjax.model import forward, unembed
-from specjax.params import Params
+from specjax.fingerprint import arrays_fingerprint, fingerprint, float_dtype
+from specjax.target import params as parameters
+from specjax.target.config import ModelConfig
+from specjax.target.model import forward, unembed
+from specjax.target.params import Params
 from specjax.training import loop
-from specjax.training.data import Conversation, PackedConfig, attention_mask, check_cut, packed, packed_steps
-from specjax.training.identity import arrays_fingerprint, settings_of, text_identity
+from specjax.training.identity import settings_of
 from specjax.training.optimiser import build
+from specjax.training.packing import PackedConfig, attention_mask, check_cut, packed, packed_steps
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "tvd"]
 

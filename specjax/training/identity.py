@@ -1,20 +1,16 @@
 """What a run was begun with, kept beside its checkpoints: it goes on with the same settings and data, or not at all."""
 
-import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from specjax.errors import CheckpointError
 from specjax.fingerprint import fingerprint, float_dtype
 from specjax.heads import Heads
-from specjax.params import Params
-from specjax.training.data import Conversation
+from specjax.target.params import Params
 from specjax.tree import Tree
 
 FILE = "settings.json"
@@ -39,40 +35,6 @@ def of_head_run(
         "data": data,
         "held_out": held_out,
         "tree": [list(path) for path in tree.rank_paths],
-    }
-
-
-def arrays_fingerprint(*arrays: np.ndarray) -> str:
-    """The first 16 hex digits of a SHA-256 over shapes, dtypes and values."""
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(str((array.shape, array.dtype.name)).encode())
-        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
-    return digest.hexdigest()[:16]
-
-
-def text_identity(data: Sequence[Conversation]) -> dict[str, Any]:
-    """How many conversations and tokens, their features' width and dtype, and a fingerprint of prompts, answers, masks.
-
-    Features' bits have no part in it: the text and the target give them, but differently on another kind of CPU.
-    """
-    empty = np.zeros(0, np.int32)
-
-    def end_to_end(parts: Iterator[np.ndarray]) -> np.ndarray:
-        return np.concatenate([empty, *(np.asarray(part, np.int32) for part in parts)])
-
-    parts = [
-        end_to_end(np.array([len(item.prompt), len(item.answer)]) for item in data),
-        end_to_end(item.prompt for item in data),
-        end_to_end(item.answer for item in data),
-        end_to_end(np.ones(len(item.answer)) if item.mask is None else item.mask for item in data),
-    ]
-    kinds = {(item.features.shape[1], item.features.dtype.name) for item in data if item.features is not None}
-    return {
-        "conversations": len(data),
-        "tokens": sum(map(len, data)),
-        "features": [list(kind) for kind in sorted(kinds)],
-        "fingerprint": arrays_fingerprint(*parts),
     }
 
 

@@ -14,16 +14,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from specjax.config import ModelConfig
 from specjax.errors import ConfigError
 from specjax.heads import Heads
-from specjax.model import forward, unembed
-from specjax.params import Params
+from specjax.ranks.labels import IGNORED
+from specjax.target.config import ModelConfig
+from specjax.target.model import forward, unembed
+from specjax.target.params import Params
 from specjax.training import losses
-from specjax.training.data import PackedConfig, attention_mask
 from specjax.training.draft import DIVERGENCES
 from specjax.training.lora import Lora, LoraConfig, adapters
-from specjax.training.losses import IGNORED, Weighting, chunked_cross_entropy, token_losses
+from specjax.training.losses import Weighting, chunked_cross_entropy, token_losses
+from specjax.training.packing import PackedConfig, attention_mask
 
 Batch = Mapping[str, Array]
 

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from specjax.analysis.table import UNLABELLED
-from specjax.config import ModelConfig
 from specjax.heads import Heads, project
-from specjax.params import Params
+from specjax.ranks.labels import IGNORED, label_ranks
+from specjax.ranks.table import UNLABELLED
+from specjax.target.config import ModelConfig
+from specjax.target.params import Params
 from specjax.training.joint import (
     Batch,
     JointConfig,
@@ -23,7 +24,7 @@ from specjax.training.joint import (
     reduced_rows,
     split_labels,
 )
-from specjax.training.losses import IGNORED, label_ranks, token_losses
+from specjax.training.losses import token_losses
 from specjax.training.quality import CAP, Quality, held_out_ranks, record
 from specjax.tree import Tree
 

@@ -12,18 +12,19 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from specjax import params as parameters
-from specjax.config import ModelConfig
+from specjax.corpus.conversation import Conversation, text_identity
 from specjax.errors import ConfigError, DataError
 from specjax.heads import Heads, draft_projection
-from specjax.params import Params, ParamSpec, named_sharding
+from specjax.target import params as parameters
+from specjax.target.config import ModelConfig
+from specjax.target.params import Params, ParamSpec, named_sharding
 from specjax.training import loop, mesh
-from specjax.training.data import Conversation, check_cut, labels, packed, packed_steps
-from specjax.training.identity import of_head_run, text_identity
+from specjax.training.identity import of_head_run
 from specjax.training.joint import JointConfig, joint_loss
 from specjax.training.joint_evaluation import joint_record, judged
 from specjax.training.lora import Lora, init_lora, lora_shardings
 from specjax.training.optimiser import Optimiser, build
+from specjax.training.packing import check_cut, labels, packed, packed_steps
 from specjax.training.quality import tree_for
 from specjax.tree import Tree
 

@@ -16,11 +16,11 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from specjax import params as parameters
-from specjax.config import ModelConfig
 from specjax.errors import ConfigError
-from specjax.model import Adapter, Product, dot
-from specjax.params import DEFAULT_SHARDING, Layer, Params, ParamSpec, named_sharding
+from specjax.target import params as parameters
+from specjax.target.config import ModelConfig
+from specjax.target.model import Adapter, Product, dot
+from specjax.target.params import DEFAULT_SHARDING, Layer, Params, ParamSpec, named_sharding
 
 
 @dataclass(frozen=True)

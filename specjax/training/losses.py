@@ -15,12 +15,12 @@ from jaxtyping import Array, Float, Int
 
 from specjax.errors import ConfigError
 from specjax.heads import Heads, MedusaHeads
-from specjax.model import dot
+from specjax.ranks.labels import IGNORED
+from specjax.target.model import dot
 
 LOGIT_BYTES = 160 << 20  # of float32 logits that exist at once, for all heads together
 _CACHED_BYTES = 16 << 20  # as many stay in a CPU's cache
 _FEWEST = 64  # positions of a chunk: with fewer, reading the projection takes longer than the arithmetic
-IGNORED = -100  # label of a position that counts for nothing
 Weighting = Literal["sum", "decay"]
 
 
@@ -45,26 +45,6 @@ def head_weights(weighting: Weighting, heads: int, scale: float = 0.2) -> Float[
     if weighting not in ("sum", "decay") or not scale > 0:
         raise ConfigError(f"weighting is {weighting!r}, scale {scale}; expected 'sum' or 'decay', and a scale > 0.")
     return np.ones(heads) if weighting == "sum" else scale * 0.8 ** np.arange(heads)
-
-
-def future_labels(tokens: Int[np.ndarray, "n"], lengths: Int[np.ndarray, "c"], heads: int) -> Int[np.ndarray, "n C"]:
-    """labels[j, i]: the token that head i should give at feature j; `IGNORED` past the end of j's conversation."""
-    labels = np.full((len(tokens), heads), IGNORED, np.int32)
-    end = np.repeat(np.cumsum(lengths), lengths)
-    for i in range(heads):
-        source = np.arange(len(tokens)) + 1 + i
-        inside = source < end
-        labels[inside, i] = tokens[source[inside]]
-    return labels
-
-
-def reduce_labels(
-    labels: Int[np.ndarray, "n C"], token_map: Int[np.ndarray, "R"], vocab: int
-) -> Int[np.ndarray, "n C"]:
-    """The labels as rows of the reduced vocabulary; tokens outside it become `IGNORED`."""
-    rows = np.full(vocab, IGNORED, np.int32)
-    rows[token_map] = np.arange(len(token_map), dtype=np.int32)
-    return np.where(labels == IGNORED, IGNORED, rows[np.maximum(labels, 0)])
 
 
 def head_cross_entropy(logits: Float[Array, "C T V"], labels: Int[Array, "T C"]) -> Float[Array, "C"]:
@@ -235,15 +215,3 @@ def _rows(
         return loss, d_x, nothing
     d_matrix = jnp.einsum("TR,TD->RD", d_logits, x.astype(matrix.dtype), preferred_element_type=jnp.float32)
     return loss, d_x, d_matrix
-
-
-def label_ranks(logits: Float[Array, "C T V"], labels: Int[Array, "T C"]) -> Int[Array, "C T"]:
-    """How many tokens a head prefers to the true one (0: none), ties to the lowest id; -1 where unlabelled.
-
-    A logit that is not a number counts as preferred: broken heads rank nothing well.
-    """
-    valid = labels.T != IGNORED
-    safe = jnp.where(valid, labels.T, 0)[..., None]
-    picked = jnp.take_along_axis(logits, safe, axis=-1)
-    ahead = ~(logits <= picked) | ((logits == picked) & (jnp.arange(logits.shape[-1]) < safe))
-    return jnp.where(valid, jnp.sum(ahead, axis=-1), -1)

@@ -19,9 +19,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Shaped
 
 from specjax.errors import ConfigError, DataError
+from specjax.files import write_atomically
 from specjax.heads import Heads
-from specjax.params import DEFAULT_SHARDING, ParamSpec, named_sharding
-from specjax.training.manifest import write_atomically
+from specjax.target.params import DEFAULT_SHARDING, ParamSpec, named_sharding
 from specjax.training.optimiser import Optimiser
 
 DATA, MODEL = "data", "model"

@@ -6,10 +6,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from specjax.analysis.simulate import simulate
-from specjax.analysis.table import RankTable
 from specjax.errors import TreeError
-from specjax.training.data import Select
+from specjax.ranks.simulation import simulate
+from specjax.ranks.table import RankTable
+from specjax.training.packing import Select
 from specjax.tree import Tree
 
 TOP = (1, 2, 3, 5, 10)

@@ -12,28 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from specjax.analysis.table import UNLABELLED
+from specjax.corpus.answers import Answers
 from specjax.errors import ConfigError, DataError
+from specjax.fingerprint import arrays_fingerprint
 from specjax.heads import Heads, draft_projection, project
-from specjax.model import dot
-from specjax.params import Params
+from specjax.ranks.labels import IGNORED, future_labels, label_ranks, reduce_labels
+from specjax.ranks.table import UNLABELLED
+from specjax.target.model import dot
+from specjax.target.params import Params
 from specjax.training import loop
-from specjax.training.data import Select
-from specjax.training.distill import Answers
-from specjax.training.identity import arrays_fingerprint, of_head_run
-from specjax.training.losses import (
-    IGNORED,
-    LOGIT_BYTES,
-    Teacher,
-    Weighting,
-    chunked_cross_entropy,
-    future_labels,
-    head_weights,
-    label_ranks,
-    reduce_labels,
-    token_losses,
-)
+from specjax.training.identity import of_head_run
+from specjax.training.losses import LOGIT_BYTES, Teacher, Weighting, chunked_cross_entropy, head_weights, token_losses
 from specjax.training.optimiser import Optimiser, OptimiserConfig, State, build, whole_updates
+from specjax.training.packing import Select
 from specjax.training.quality import CAP, Quality, held_out_ranks, record, tree_for
 from specjax.tree import Tree
 

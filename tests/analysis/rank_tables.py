@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from specjax.analysis.table import UNLABELLED, RankTable
+from specjax.ranks.table import UNLABELLED, RankTable
 
 
 def table_of(seed=0, *, heads=2, cap=8, sequences=6, length=40, ranks=None, dependent=False) -> RankTable:

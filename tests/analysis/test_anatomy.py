@@ -4,7 +4,7 @@ import numpy as np
 from conftest import noisy_heads, tiny_model
 
 import specjax as sj
-from specjax.analysis import take_apart
+from specjax.studies.round_anatomy import take_apart
 
 
 def test_the_parts_add_up_to_the_generation():

@@ -14,14 +14,14 @@ from rank_tables import table_of
 
 import specjax as sj
 from specjax.acceptance import NO_DRAFT, Proposal
-from specjax.analysis.ranks import Text, measure
-from specjax.analysis.simulate import accepted_lengths, drafted, reach, simulate, upper_bound
-from specjax.analysis.table import UNLABELLED, RankTable
-from specjax.analysis.typical import typical_reach
 from specjax.fingerprint import fingerprint
 from specjax.heads import init_heads, project
-from specjax.loading.heads import packaged_ranks
-from specjax.model import forward, unembed
+from specjax.loading.head_files import packaged_ranks
+from specjax.ranks.measuring import Text, measure
+from specjax.ranks.simulation import accepted_lengths, drafted, reach, simulate, upper_bound
+from specjax.ranks.table import UNLABELLED, RankTable
+from specjax.ranks.typical import typical_reach
+from specjax.target.model import forward, unembed
 
 RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(0, 61, n) for n in (1, 5, 30, 64, 12, 3)]

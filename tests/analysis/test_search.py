@@ -7,8 +7,9 @@ import pytest
 from rank_tables import table_of
 
 import specjax as sj
-from specjax.analysis.round_time import RoundTimes
-from specjax.analysis.search import (
+from specjax.drafters.registry import DEFAULT_TREES
+from specjax.loading.head_files import packaged_ranks
+from specjax.ranks.search import (
     Limits,
     PathLaw,
     expected_tokens,
@@ -17,11 +18,10 @@ from specjax.analysis.search import (
     joint_tree,
     sequoia_tree,
 )
-from specjax.analysis.simulate import rounds_by_sequence, simulate, visited
-from specjax.analysis.table import RankTable
-from specjax.analysis.validate import SEARCHES, search_trees
-from specjax.drafters.build import DEFAULT_TREES
-from specjax.loading.heads import packaged_ranks
+from specjax.ranks.simulation import rounds_by_sequence, simulate, visited
+from specjax.ranks.table import RankTable
+from specjax.ranks.validate import SEARCHES, search_trees
+from specjax.studies.round_time import RoundTimes
 
 RANKS, DEPTH = 3, 3
 

@@ -10,18 +10,18 @@ from conftest import noisy_heads
 from rank_tables import table_of
 
 import specjax as sj
-from specjax.analysis import rank_plots
-from specjax.analysis.rank_pass import RankPass
-from specjax.analysis.round_time import choose_tree, time_rounds
-from specjax.analysis.search import Limits
-from specjax.analysis.simulate import simulate
-from specjax.analysis.table import RankTable
-from specjax.analysis.texts import per_category
-from specjax.analysis.tree_search import TreeSearch, packaged_trees
-from specjax.analysis.validate import SEARCHES
-from specjax.cli import main
-from specjax.drafters.build import build_drafter
-from specjax.prompts import load_prompts
+from specjax.cli.main import main
+from specjax.corpus.prompts import load_prompts
+from specjax.corpus.texts import per_category
+from specjax.drafters.registry import build_drafter
+from specjax.ranks.search import Limits
+from specjax.ranks.simulation import simulate
+from specjax.ranks.table import RankTable
+from specjax.ranks.validate import SEARCHES
+from specjax.report import rank_figures as rank_plots
+from specjax.studies.rank_pass import RankPass
+from specjax.studies.round_time import choose_tree, time_rounds
+from specjax.studies.tree_search import TreeSearch, packaged_trees
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_optimise_says_when_no_tree_pays_and_refuses_times_of_another_dtype(rank
     ("option", "message"), [(["--cap", "0"], "cap is 0"), (["--typical-temperature", "0"], "typical_temperature is 0")]
 )
 def test_measure_refuses_before_it_answers(checkpoint, prompts, tmp_path, capsys, monkeypatch, option, message):
-    monkeypatch.setattr("specjax.analysis.texts.greedy_answers", lambda *args, **more: pytest.fail("answered"))
+    monkeypatch.setattr("specjax.corpus.texts.greedy_answers", lambda *args, **more: pytest.fail("answered"))
     command = ["tree", "measure", "--model", str(checkpoint), "--heads", str(checkpoint / "heads")]
     assert main([*command, "--prompts", str(prompts), "--save", str(tmp_path / "t.npz"), *option]) == 2
     assert message in capsys.readouterr().err
@@ -173,7 +173,7 @@ def test_no_trees_are_not_timed(checkpoint):
     ],
 )
 def test_what_cannot_be_timed_is_refused(checkpoint, monkeypatch, trees, changes, error, message):
-    monkeypatch.setattr("specjax.analysis.round_time.prefill", lambda *args, **more: pytest.fail("decoded"))
+    monkeypatch.setattr("specjax.studies.round_time.prefill", lambda *args, **more: pytest.fail("decoded"))
     model = sj.load_model(checkpoint)
     heads = sj.load_heads(checkpoint / "heads", model.config)
     with pytest.raises(error, match=message):
@@ -360,7 +360,7 @@ def test_the_peak_of_the_pass_is_its_own():
     """In a process of its own: in this one, other tests' threads take and give back memory meanwhile."""
     script = """
 import numpy as np
-from specjax.analysis import rank_pass
+from specjax.studies import rank_pass
 large = np.ones(40_000_000)  # 320 MB
 del large
 before = rank_pass.peak_bytes()

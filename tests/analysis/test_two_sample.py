@@ -7,8 +7,8 @@ import pytest
 from rich.console import Console
 
 import specjax as sj
-from specjax.analysis.two_sample import TwoSample, p_value
-from specjax.experiment import run_config
+from specjax.studies.runner import run_config
+from specjax.studies.two_sample import TwoSample, p_value
 
 
 def draws(seed, n, tilt=0.0):

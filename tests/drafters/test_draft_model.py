@@ -14,7 +14,7 @@ import specjax as sj
 from specjax import decode
 from specjax.drafters.base import Context
 from specjax.loading.tokenizer import Tokenizer
-from specjax.model import forward, unembed
+from specjax.target.model import forward, unembed
 
 PROMPT = np.array([7, 3, 50, 11, 4])
 CHAIN = sj.Tree.chain(1)

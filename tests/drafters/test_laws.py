@@ -17,11 +17,11 @@ from conftest import noisy_heads, tiny_model
 from fast_keys import fast_key
 
 import specjax as sj
-import specjax.model
+import specjax.target.model
 from specjax import acceptance as rules
 from specjax import decode
 from specjax.loading.tokenizer import Tokenizer
-from specjax.model import forward, unembed
+from specjax.target.model import forward, unembed
 
 LENGTH, RUNS, BATCH = 4, 200_000, 4_000
 SLOTS = 12  # the prompt, LENGTH tokens and a path; also the prefill chunk here, which a draft model reads for every run
@@ -32,7 +32,7 @@ SETTINGS = {"T=1": sj.Sample(), "T=0.7, top-p": sj.Sample(0.7, top_p=0.9)}
 @pytest.fixture(autouse=True)
 def short_chunks(monkeypatch):
     """Prefill in chunks of the whole buffer, not of 64 tokens."""
-    monkeypatch.setattr(specjax.model, "PREFILL_CHUNK", SLOTS)
+    monkeypatch.setattr(specjax.target.model, "PREFILL_CHUNK", SLOTS)
 
 
 @functools.cache

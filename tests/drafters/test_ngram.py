@@ -12,7 +12,7 @@ import specjax as sj
 from specjax import loop
 from specjax.acceptance import NO_DRAFT
 from specjax.drafters.base import Context
-from specjax.model import read
+from specjax.target.model import read
 
 TREES = [sj.Tree.chain(5), sj.Tree.cartesian((3, 2)), sj.Tree.from_paths([(0,), (0, 0), (0, 0, 1), (2,), (2, 0)])]
 

@@ -11,12 +11,12 @@ from conftest import TEMPLATE, byte_tokenizer, tiny_model
 from safetensors.numpy import load_file
 
 import specjax as sj
-from specjax.cli import main
+from specjax.cli.main import main
 from specjax.fingerprint import fingerprint
 from specjax.heads import init_heads
 from specjax.loading import torch_pickle
 from specjax.loading.export import TARGETS, export_heads
-from specjax.loading.heads import heads_metadata
+from specjax.loading.head_files import heads_metadata
 from specjax.loading.hf import load_hf, save_hf
 
 D, V, C, L = 16, 61, 3, 2

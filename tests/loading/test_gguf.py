@@ -10,14 +10,14 @@ import pytest
 from gguf.quants import dequantize, quantize
 from safetensors.numpy import load_file
 
-from specjax.config import ModelConfig, RopeScaling
 from specjax.errors import CheckpointError, ConfigError
-from specjax.loading import PACKAGED, load_model
 from specjax.loading.gguf import load_gguf
 from specjax.loading.hf import save_hf
 from specjax.loading.layout import GGUF_NAMES, HF_NAMES
-from specjax.model import forward, rope_frequencies, unembed
-from specjax.params import init
+from specjax.loading.load import PACKAGED, load_model
+from specjax.target.config import ModelConfig, RopeScaling
+from specjax.target.model import forward, rope_frequencies, unembed
+from specjax.target.params import init
 
 Q = gguf.GGMLQuantizationType
 LLAMA = ModelConfig("llama", 24, 32, 64, 2, 4, 2, 16, rms_norm_eps=1e-5, max_positions=64, eos_token_ids=(2,))

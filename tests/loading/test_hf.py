@@ -16,12 +16,11 @@ import pytest
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.numpy import load_file, save_file
 
-from specjax.config import ModelConfig, RopeScaling
 from specjax.errors import CheckpointError, ConfigError
-from specjax.loading import load_model
 from specjax.loading.hf import load_hf, save_hf
-from specjax.loading.load import load_draft, save_draft
-from specjax.params import abstract, init
+from specjax.loading.load import load_draft, load_model, save_draft
+from specjax.target.config import ModelConfig, RopeScaling
+from specjax.target.params import abstract, init
 
 CONFIG = ModelConfig("qwen2", 40, 16, 24, 2, 4, 2, 4, qkv_bias=True, max_positions=64)
 

@@ -10,13 +10,13 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from specjax.config import ModelConfig
 from specjax.errors import CheckpointError, ConfigError
 from specjax.heads import Heads, MedusaConfig, draft_projection, init_heads, project, top_tokens
-from specjax.loading import heads as heads_module
-from specjax.loading.heads import heads_metadata, load_heads, packaged_heads, save_heads
+from specjax.loading import head_files as heads_module
+from specjax.loading.head_files import heads_metadata, load_heads, packaged_heads, save_heads
 from specjax.loading.hf import load_hf, save_hf
-from specjax.params import init
+from specjax.target.config import ModelConfig
+from specjax.target.params import init
 
 D, V = 8, 20
 TARGET = ModelConfig("llama", V, D, 12, 1, 2, 2, 4)

@@ -13,7 +13,7 @@ from gguf import TokenType
 from tokenizers import models, pre_tokenizers, processors
 
 from specjax.errors import CheckpointError, PromptError
-from specjax.loading import load_model
+from specjax.loading.load import load_model
 from specjax.loading.tokenizer import Tokenizer, _pre_tokenizer
 
 USER = {"role": "user", "content": "x"}

@@ -6,8 +6,8 @@ import pytest
 from rich.console import Console
 
 import specjax as sj
-from specjax.analysis.prompt_lookup import PromptLookup
-from specjax.experiment import run_config
+from specjax.studies.prompt_lookup import PromptLookup
+from specjax.studies.runner import run_config
 
 
 def test_both_sides_say_the_same_in_fewer_forwards(checkpoint, tmp_path):

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from specjax.config import ModelConfig
 from specjax.errors import CheckpointError
 from specjax.heads import project
 from specjax.loading import torch_pickle
-from specjax.loading.heads import load_heads
+from specjax.loading.head_files import load_heads
+from specjax.target.config import ModelConfig
 
 D, V, HEADS, LAYERS = 8, 20, 3, 2
 TARGET = ModelConfig("llama", V, D, 12, 1, 2, 2, 4)

@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from specjax.analysis.torch_step import TorchStep
+from specjax.studies.torch_step import TorchStep
 
 
 def test_both_sides_take_the_same_steps(checkpoint, tmp_path):

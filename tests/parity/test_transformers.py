@@ -13,14 +13,13 @@ import tokenizers
 import torch
 import transformers
 
-from specjax import cache as kv
-from specjax.config import ModelConfig, RopeScaling
-from specjax.loading import load_model
 from specjax.loading.hf import save_hf
-from specjax.loading.load import _packaged
+from specjax.loading.load import _packaged, load_model
 from specjax.loading.tokenizer import Tokenizer
-from specjax.model import forward, rms_norm, unembed
-from specjax.params import init
+from specjax.target import cache as kv
+from specjax.target.config import ModelConfig, RopeScaling
+from specjax.target.model import forward, rms_norm, unembed
+from specjax.target.params import init
 
 TOLERANCE = 1e-4
 LENGTH = 24  # tokens in a test sequence: more than the sliding windows below

@@ -7,10 +7,10 @@ import pytest
 
 import specjax as sj
 from specjax import decode
-from specjax.analysis.ranks import Text, measure
-from specjax.drafters.build import build_drafter
+from specjax.corpus.prompts import load_prompts
+from specjax.drafters.registry import build_drafter
 from specjax.heads import init_heads
-from specjax.prompts import load_prompts
+from specjax.ranks.measuring import Text, measure
 
 # drafter, tree
 GREEDY = [

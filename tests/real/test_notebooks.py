@@ -45,7 +45,7 @@ def test_the_stored_notebook_is_current_and_shows_its_figures(name):
 def test_notebooks_use_the_public_surface(name):
     imported = re.findall(r"^(?:from|import) (specjax[\w.]*)", (FOLDER / f"{name}.py").read_text(), re.MULTILINE)
     assert imported
-    assert set(imported) <= {"specjax", "specjax.training"}  # and `from specjax import analysis`
+    assert set(imported) <= {"specjax", "specjax.lab"}
 
 
 def test_there_are_notebooks():

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 import specjax as sj
-from specjax.analysis.ranks import Text, measure
-from specjax.analysis.two_sample import p_value, sample
+from specjax.corpus.prompts import load_prompts
 from specjax.heads import init_heads
-from specjax.prompts import load_prompts
+from specjax.ranks.measuring import Text, measure
+from specjax.studies.two_sample import p_value, sample
 
 
 @pytest.fixture(scope="module")

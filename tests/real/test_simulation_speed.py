@@ -6,7 +6,7 @@ import numpy as np
 from rank_tables import table_of
 
 import specjax as sj
-from specjax.analysis.simulate import simulate, visited
+from specjax.ranks.simulation import simulate, visited
 
 
 def test_a_thousand_trees_over_200_000_tokens_take_under_ten_seconds():

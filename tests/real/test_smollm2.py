@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import specjax as sj
-from specjax.loading.heads import heads_metadata
+from specjax.loading.head_files import heads_metadata
 
 HEADS = "smollm2-135m-instruct"
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 import specjax as sj
-from specjax.analysis.ranks import Text, measure
-from specjax.analysis.simulate import simulate
-from specjax.analysis.typical import typical_reach
-from specjax.prompts import load_prompts
+from specjax.corpus.prompts import load_prompts
+from specjax.ranks.measuring import Text, measure
+from specjax.ranks.simulation import simulate
+from specjax.ranks.typical import typical_reach
 
 TREE = sj.Tree.cartesian((3, 2, 2))
 RULES = [

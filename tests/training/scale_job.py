@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import specjax as sj
-from specjax import params
+from specjax.corpus.conversation import Conversation
 from specjax.heads import init_heads
-from specjax.training.data import Conversation
+from specjax.target import params
 from specjax.training.joint import JointConfig
 from specjax.training.joint_trainer import Fitted, fit_joint
 from specjax.training.lora import LoraConfig

@@ -8,9 +8,11 @@ import pytest
 from conftest import TEMPLATE, byte_tokenizer
 
 import specjax as sj
-from specjax.training.chats import read_chats, read_conversations, read_prompts
-from specjax.training.corpus import joined, split, turns, with_features
-from specjax.training.data import Conversation, answer_tokens, packed
+from specjax.corpus.chats import read_chats, read_conversations, read_prompts
+from specjax.corpus.conversation import Conversation, answer_tokens
+from specjax.corpus.features import with_features
+from specjax.corpus.split import joined, split, turns
+from specjax.training.packing import packed
 
 # ChatML, whose line break after the EOS the model never says; the same with blocks; one that rewrites earlier turns.
 CHATML = (

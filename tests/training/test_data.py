@@ -6,17 +6,8 @@ import numpy as np
 import pytest
 
 import specjax as sj
-from specjax.training.data import (
-    Conversation,
-    PackedConfig,
-    attention_mask,
-    check_cut,
-    conversations,
-    cut_tokens,
-    labels,
-    packed,
-    packed_steps,
-)
+from specjax.corpus.conversation import Conversation, conversations, cut_tokens
+from specjax.training.packing import PackedConfig, attention_mask, check_cut, labels, packed, packed_steps
 
 
 def made(count, seed=0, width=3):

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 import specjax as sj
-from specjax.model import forward, unembed
-from specjax.training import distill
-from specjax.training.corpus import with_features
-from specjax.training.data import Conversation
-from specjax.training.distill import Answers, answer, distinct, user_turns
+from specjax.corpus import answers as distill
+from specjax.corpus.answers import Answers, answer, distinct, user_turns
+from specjax.corpus.conversation import Conversation
+from specjax.corpus.features import with_features
+from specjax.target.model import forward, unembed
 
 PROMPTS = [[7, 3, 50], [1], list(range(40)), [9, 9, 2, 4], [5], [8, 1], [30, 2, 2], [11]]
 LENGTH = 20

@@ -10,11 +10,11 @@ import pytest
 from conftest import tiny_config, tiny_model
 
 import specjax as sj
+from specjax.corpus.answers import answer
+from specjax.corpus.conversation import conversations
 from specjax.loading.load import load_draft, save_draft
-from specjax.model import forward, unembed
+from specjax.target.model import forward, unembed
 from specjax.training import loop
-from specjax.training.data import conversations, packed, packed_steps
-from specjax.training.distill import answer
 from specjax.training.draft import (
     DIVERGENCES,
     DistilConfig,
@@ -24,6 +24,7 @@ from specjax.training.draft import (
     init_draft,
     reduced_map,
 )
+from specjax.training.packing import packed, packed_steps
 from specjax.training.trainer import frequent_tokens
 
 VOCAB = 23

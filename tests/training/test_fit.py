@@ -15,14 +15,17 @@ from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
 import specjax as sj
-from specjax.analysis.simulate import simulate
-from specjax.analysis.table import RankTable
-from specjax.experiment import load_config, run_config
+from specjax.corpus.build import Distillation
 from specjax.fingerprint import fingerprint
-from specjax.loading.heads import heads_metadata, save_heads
-from specjax.training import fit_draft_heads, fit_heads, fit_random, loop
-from specjax.training.distillation import Distillation
-from specjax.training.fit import FitHeads
+from specjax.loading.head_files import heads_metadata, save_heads
+from specjax.ranks.simulation import simulate
+from specjax.ranks.table import RankTable
+from specjax.studies import head_fit as fit_heads
+from specjax.studies import train_draft_heads as fit_draft_heads
+from specjax.studies import train_random as fit_random
+from specjax.studies.runner import load_config, run_config
+from specjax.studies.train_heads import FitHeads
+from specjax.training import loop
 from specjax.training.quality import default_tree
 from specjax.training.trainer import TrainConfig
 

@@ -10,12 +10,12 @@ from conftest import save_chat_model
 from rich.console import Console
 
 import specjax as sj
-from specjax.cli import main
+from specjax.cli.main import main
+from specjax.corpus.build import Distillation
 from specjax.errors import ConfigError
 from specjax.loading import checkpoint
+from specjax.studies.train_draft import EvaluateDraft
 from specjax.training import loop
-from specjax.training.distillation import Distillation
-from specjax.training.fit_draft import EvaluateDraft
 from specjax.training.quality import selected
 
 EXPERIMENT = """

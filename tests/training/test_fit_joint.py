@@ -25,12 +25,13 @@ from conftest import followed_by, save_chat_model
 from jax.sharding import AbstractMesh, AxisType
 
 import specjax as sj
-from specjax.cli import main
-from specjax.drafters.build import build_drafter
+from specjax.cli.main import main
+from specjax.drafters.registry import build_drafter
 from specjax.fingerprint import fingerprint
 from specjax.heads import init_heads
-from specjax.loading.heads import heads_metadata
-from specjax.training import fit_joint, loop
+from specjax.loading.head_files import heads_metadata
+from specjax.studies import train_joint as fit_joint
+from specjax.training import loop
 from specjax.training.mesh import MeshConfig
 from specjax.training.quality import selected
 

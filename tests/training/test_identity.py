@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import specjax as sj
+from specjax.corpus.conversation import Conversation
 from specjax.training import identity
-from specjax.training.data import Conversation
 
 
 def test_a_refusal_shows_where_two_settings_part(tmp_path):

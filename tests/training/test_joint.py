@@ -11,26 +11,21 @@ import pytest
 from conftest import noisy_heads, tiny_model
 
 import specjax as sj
+from specjax.corpus.answers import Answers
+from specjax.corpus.conversation import Conversation
+from specjax.corpus.split import turns
 from specjax.heads import draft_projection, init_heads
-from specjax.model import forward, unembed
+from specjax.ranks.labels import IGNORED
+from specjax.studies.train_joint import export
+from specjax.target.model import forward, unembed
 from specjax.training import loop, losses
-from specjax.training.corpus import turns
-from specjax.training.data import Conversation, packed, packed_steps
-from specjax.training.distill import Answers
-from specjax.training.fit_joint import export
-from specjax.training.joint import (
-    JointConfig,
-    backbone_sum,
-    future_tokens,
-    joint_loss,
-    reduced_rows,
-    split_labels,
-)
+from specjax.training.joint import JointConfig, backbone_sum, future_tokens, joint_loss, reduced_rows, split_labels
 from specjax.training.joint_evaluation import joint_record, judged, quality
 from specjax.training.joint_trainer import fit_joint
 from specjax.training.lora import LoraConfig, adapters, init_lora, merge
-from specjax.training.losses import IGNORED, chunked_cross_entropy
+from specjax.training.losses import chunked_cross_entropy
 from specjax.training.mesh import MeshConfig
+from specjax.training.packing import packed, packed_steps
 from specjax.training.quality import record, selected
 from specjax.training.trainer import dataset, evaluate, frequent_tokens
 

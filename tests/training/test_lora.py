@@ -9,7 +9,7 @@ import pytest
 from conftest import tiny_model
 
 import specjax as sj
-from specjax.model import forward, unembed
+from specjax.target.model import forward, unembed
 from specjax.training.lora import LoraConfig, Pair, abstract, adapters, init_lora, merge
 
 CONFIG = LoraConfig(rank=4, alpha=8.0, dropout=0.25)

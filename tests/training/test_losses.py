@@ -9,8 +9,9 @@ import pytest
 
 import specjax as sj
 from specjax.heads import MedusaHeads, init_heads, project
+from specjax.ranks.labels import IGNORED
 from specjax.training import losses
-from specjax.training.losses import IGNORED, Teacher, chunked_cross_entropy, head_cross_entropy, head_weights
+from specjax.training.losses import Teacher, chunked_cross_entropy, head_cross_entropy, head_weights
 
 T, C, V, K = 50, 3, 61, 4
 

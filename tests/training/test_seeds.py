@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from specjax.prompts import load_prompts
-from specjax.training.seeds import seed_prompts
+from specjax.corpus.prompts import load_prompts
+from specjax.corpus.seeds import seed_prompts
 
 
 @pytest.fixture(scope="module")

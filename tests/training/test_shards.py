@@ -16,14 +16,15 @@ from conftest import tiny_model
 from rich.console import Console
 
 import specjax as sj
-from specjax.cli import main
+from specjax.cli.main import main
+from specjax.corpus import manifest
+from specjax.corpus.build import Distillation, distilled, prepared
+from specjax.corpus.conversation import Conversation
+from specjax.corpus.features import check_budget, with_features
+from specjax.corpus.shards import read_shards, shard_path
+from specjax.corpus.split import joined, split
 from specjax.loading.tokenizer import Tokenizer
-from specjax.model import forward
-from specjax.training import manifest
-from specjax.training.corpus import check_budget, joined, split, with_features
-from specjax.training.data import Conversation
-from specjax.training.distillation import Distillation, distilled, prepared
-from specjax.training.shards import read_shards, shard_path
+from specjax.target.model import forward
 
 SHARDS, SIZE, LENGTH = 5, 4, 6
 QUIET = Console(quiet=True)

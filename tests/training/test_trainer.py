@@ -9,17 +9,12 @@ import pytest
 from conftest import tiny_model
 
 import specjax as sj
+from specjax.corpus.answers import Answers, answer
 from specjax.heads import init_heads, project
 from specjax.loading import checkpoint
+from specjax.ranks.labels import IGNORED, future_labels, label_ranks, reduce_labels
 from specjax.training import trainer
-from specjax.training.distill import Answers, answer
-from specjax.training.losses import (
-    IGNORED,
-    future_labels,
-    head_cross_entropy,
-    label_ranks,
-    reduce_labels,
-)
+from specjax.training.losses import head_cross_entropy
 from specjax.training.trainer import TrainConfig, dataset, evaluate, frequent_tokens, train
 
 

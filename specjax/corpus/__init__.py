@@ -1,0 +1,1 @@
+"""Text to train on and to measure with: chats, prompts, self-distillation, shards."""

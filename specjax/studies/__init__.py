@@ -1,0 +1,1 @@
+"""What `specjax run` runs: frozen configs with `run()`."""
