@@ -41,16 +41,16 @@ bfloat16 changes roundings: it cannot be repeated to the bit. The aim of .45 .28
 these conversations do not help.
 """
 
-from specjax.corpus.build import Distillation
-from specjax.studies.train_heads import FitHeads
-from specjax.training.trainer import TrainConfig
+from specjax.corpus.build import Corpus
+from specjax.studies.train_cached_medusa import TrainCachedMedusa
+from specjax.training.cached_medusa import CachedMedusaConfig
 
 
-def get_config() -> FitHeads:
-    return FitHeads(
+def get_config() -> TrainCachedMedusa:
+    return TrainCachedMedusa(
         name="continue_smollm2_medusa",
         model="smollm2-135m-instruct",
-        data=Distillation(
+        data=Corpus(
             directory="results/distill_further",
             shards=12,
             shard_size=384,
@@ -60,5 +60,5 @@ def get_config() -> FitHeads:
         ),
         start_from="experiments/records/train_smollm2_medusa/heads.safetensors",
         start_share=0.4,
-        training=TrainConfig(epochs=4, batch_size=1024, learning_rate=1e-3, select="best"),
+        training=CachedMedusaConfig(epochs=4, batch_size=1024, learning_rate=1e-3, select="best"),
     )

@@ -8,16 +8,16 @@ prefers the same token in 49.7% of the places (`evaluate_draft_smollm2.py`). How
 decoding, and what that is worth in time, by temperature and category: `compare_drafters_smollm2.py`.
 """
 
-from specjax.corpus.build import Distillation
-from specjax.studies.train_draft import FitDraft
-from specjax.training.draft import DistilConfig
+from specjax.corpus.build import Corpus
+from specjax.studies.train_draft import TrainDraft
+from specjax.training.draft import DraftConfig
 
 
-def get_config() -> FitDraft:
-    return FitDraft(
+def get_config() -> TrainDraft:
+    return TrainDraft(
         name="distill_draft_smollm2",
         model="smollm2-135m-instruct",
         reduced_vocab_size=8192,
-        data=Distillation(shards=90),
-        training=DistilConfig(epochs=3, select="best"),
+        data=Corpus(shards=90),
+        training=DraftConfig(epochs=3, select="best"),
     )

@@ -10,9 +10,9 @@ Evaluation text is a fiftieth of the prompts, by hash.
 Record: none yet; result.json and the manifest hold what a run made.
 """
 
-from specjax.corpus.build import Distillation
+from specjax.corpus.build import Corpus
 from specjax.studies.make_text import MakeText
 
 
 def get_config() -> MakeText:
-    return MakeText(name="distill_smollm2", model="smollm2-135m-instruct", data=Distillation(shards=90))
+    return MakeText(name="distill_smollm2", model="smollm2-135m-instruct", data=Corpus(shards=90))

@@ -9,7 +9,7 @@ prefer the same token in 49.7% of the places; the cross-entropy with the text is
 are accepted less often (31% at T = 0, `compare_drafters_smollm2.py`).
 """
 
-from specjax.corpus.build import Distillation
+from specjax.corpus.build import Corpus
 from specjax.studies.train_draft import EvaluateDraft
 
 
@@ -18,5 +18,5 @@ def get_config() -> EvaluateDraft:
         name="evaluate_draft_smollm2",
         model="smollm2-135m-instruct",
         draft="smollm2-draft",
-        data=Distillation("results/evaluate_draft_smollm2/text", shards=2, turn_seed=107, prompt_seed=50_000),
+        data=Corpus("results/evaluate_draft_smollm2/text", shards=2, turn_seed=107, prompt_seed=50_000),
     )

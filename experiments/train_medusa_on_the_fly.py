@@ -9,15 +9,15 @@ mesh and on several hosts (`--mesh.data`, `--mesh.model`, `--hosts.*`), as `trai
 Record: none; the tests run it on tiny models.
 """
 
-from specjax.corpus.build import Distillation
-from specjax.studies.train_joint import FitJoint
-from specjax.training.joint import JointConfig
+from specjax.corpus.build import Corpus
+from specjax.studies.train_packed_medusa import TrainPackedMedusa
+from specjax.training.packed_medusa import PackedMedusaConfig
 
 
-def get_config() -> FitJoint:
-    return FitJoint(
+def get_config() -> TrainPackedMedusa:
+    return TrainPackedMedusa(
         name="train_medusa_on_the_fly",
         model="smollm2-135m-instruct",
-        data=Distillation("results/distill_without_features", shards=90, features=False),
-        training=JointConfig(epochs=3, batch_size=8, length=512, select="best"),
+        data=Corpus("results/distill_without_features", shards=90, features=False),
+        training=PackedMedusaConfig(epochs=3, batch_size=8, length=512, select="best"),
     )

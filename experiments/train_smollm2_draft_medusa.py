@@ -17,16 +17,16 @@ Accuracy of heads 1 to 4, and tokens per round of the tree cartesian:3,2,1,1 (22
 A model this small repeats itself, which makes it easy to foresee; the figures say nothing about larger targets.
 """
 
-from specjax.studies.train_draft_heads import FitDraftHeads
-from specjax.training.trainer import TrainConfig
+from specjax.studies.train_draft_heads import TrainDraftHeads
+from specjax.training.cached_medusa import CachedMedusaConfig
 
 
-def get_config() -> FitDraftHeads:
-    return FitDraftHeads(
+def get_config() -> TrainDraftHeads:
+    return TrainDraftHeads(
         name="train_smollm2_draft_medusa",
         draft="smollm2-draft",
         tokenizer="smollm2-135m-instruct",
         reduced_vocab_size=2048,
         batch_size=64,
-        training=TrainConfig(epochs=4, batch_size=1024, learning_rate=2e-3, compute="float32", select="best"),
+        training=CachedMedusaConfig(epochs=4, batch_size=1024, learning_rate=2e-3, compute="float32", select="best"),
     )

@@ -32,15 +32,15 @@ More text is what helps. A larger draft vocabulary does not (12,288 to 49,152, w
 nodes), and neither does distilling the target's distribution in place of its tokens (1.466 against 1.464 at 8 nodes).
 """
 
-from specjax.corpus.build import Distillation
-from specjax.studies.train_heads import FitHeads
-from specjax.training.trainer import TrainConfig
+from specjax.corpus.build import Corpus
+from specjax.studies.train_cached_medusa import TrainCachedMedusa
+from specjax.training.cached_medusa import CachedMedusaConfig
 
 
-def get_config() -> FitHeads:
-    return FitHeads(
+def get_config() -> TrainCachedMedusa:
+    return TrainCachedMedusa(
         name="train_smollm2_medusa",
         model="smollm2-135m-instruct",
-        data=Distillation(shards=90),
-        training=TrainConfig(epochs=3, batch_size=1024, learning_rate=2e-3, select="best"),
+        data=Corpus(shards=90),
+        training=CachedMedusaConfig(epochs=3, batch_size=1024, learning_rate=2e-3, select="best"),
     )

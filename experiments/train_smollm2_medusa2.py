@@ -42,18 +42,18 @@ losses fell from 9.8 11.4 12.0 12.0 to 5.6 7.3 8.1 8.0 nats, head 1's top-1 accu
 round from 1.10 to 1.24 (1.26 at step 20); the backbone diverged from the frozen target by 0.005 nats.
 """
 
-from specjax.corpus.build import Distillation
-from specjax.studies.train_joint import FitJoint
-from specjax.training.joint import JointConfig
+from specjax.corpus.build import Corpus
+from specjax.studies.train_packed_medusa import TrainPackedMedusa
+from specjax.training.packed_medusa import PackedMedusaConfig
 from specjax.training.lora import LoraConfig
 
 
-def get_config() -> FitJoint:
-    return FitJoint(
+def get_config() -> TrainPackedMedusa:
+    return TrainPackedMedusa(
         name="train_smollm2_medusa2",
         model="smollm2-135m-instruct",
-        data=Distillation(shards=90),
-        training=JointConfig(
+        data=Corpus(shards=90),
+        training=PackedMedusaConfig(
             epochs=2, batch_size=8, length=512, lora=LoraConfig(rank=32, alpha=16.0, dropout=0.05), select="best"
         ),
     )

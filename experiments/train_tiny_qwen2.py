@@ -11,14 +11,14 @@ LM head, by at least 0.15 (head 1) and 0.03 (heads 2 and 3) in top-1 accuracy an
     186    0.548 0.459 0.437   0.635 0.573 0.563   1.969
 """
 
-from specjax.studies.train_random import FitRandomQwen2
-from specjax.training.trainer import TrainConfig
+from specjax.studies.train_random import TrainRandomQwen2
+from specjax.training.cached_medusa import CachedMedusaConfig
 
 
-def get_config() -> FitRandomQwen2:
-    return FitRandomQwen2(
+def get_config() -> TrainRandomQwen2:
+    return TrainRandomQwen2(
         name="train_tiny_qwen2",
         num_heads=3,
         reduced_vocab_size=48,
-        training=TrainConfig(epochs=6, batch_size=256, learning_rate=1e-2, checkpoint_every=62, select="best"),
+        training=CachedMedusaConfig(epochs=6, batch_size=256, learning_rate=1e-2, checkpoint_every=62, select="best"),
     )

@@ -15,17 +15,19 @@ from specjax.report import decode_figures, rank_figures
 from specjax.report.tree_figure import draw_tree
 from specjax.studies.round_anatomy import RoundAnatomy, take_apart
 from specjax.studies.round_time import RoundTimes, choose_tree, time_rounds
-from specjax.training.trainer import TrainConfig, dataset, train
+from specjax.training.cached_medusa import CachedMedusa, CachedMedusaConfig, dataset
+from specjax.training.run import train
 
 __all__ = [
     "SEARCHES",
+    "CachedMedusa",
+    "CachedMedusaConfig",
     "Limits",
     "RankTable",
     "RoundAnatomy",
     "RoundTimes",
     "Simulation",
     "Text",
-    "TrainConfig",
     "accepted_lengths",
     "answer",
     "choose_tree",

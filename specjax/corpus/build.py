@@ -30,7 +30,7 @@ _SOURCES = ("model+seeds", "model", "seeds")
 
 
 @dataclass(frozen=True)
-class Distillation:
+class Corpus:
     """The text: `shards` of `shard_size` conversations, or the chats of a file."""
 
     directory: str = "results/distill"  # shards that are already there are used, if the same settings made them
@@ -84,7 +84,7 @@ class Distillation:
         return Sample(self.temperature, self.top_k, self.top_p) if self.temperature else Greedy()
 
 
-def distilled(model: Model, data: Distillation, console: Console, *, features: bool = False) -> list[Path]:
+def make_corpus(model: Model, data: Corpus, console: Console, *, features: bool = False) -> list[Path]:
     """The files of `data`'s shards; those that are not there yet are made.
 
     Args:
@@ -182,11 +182,11 @@ def _answer_tokens(shard: Path) -> int:
         return 0  # damaged: `write_shards` says so, before it makes anything
 
 
-def _dated(model: Model, data: Distillation) -> Model:
+def _dated(model: Model, data: Corpus) -> Model:
     return replace(model, tokenizer=chat_tokenizer(model).dated(datetime.date.fromisoformat(data.date)))
 
 
-def _check_prompts(model: Model, data: Distillation, asked: list[list[dict[str, str]]]) -> None:
+def _check_prompts(model: Model, data: Corpus, asked: list[list[dict[str, str]]]) -> None:
     # Before the first shard: a file that is mended later has another fingerprint, and what was made would be lost.
     for number, messages in enumerate(asked, 1):
         start = f"prompt {number} of the different ones in {data.prompts} ({messages[-1]['content'][:40]!r}...)"
@@ -197,7 +197,7 @@ def _check_prompts(model: Model, data: Distillation, asked: list[list[dict[str, 
         check_prompt(start, length, model.config, data.max_answer_tokens)
 
 
-def _user_turns(model: Model, data: Distillation, shard: int) -> list[str]:
+def _user_turns(model: Model, data: Corpus, shard: int) -> list[str]:
     """Up to `shard_size` turns; exactly that many where no seed prompts may stand in for those that it did not end."""
     key, turns = jax.random.fold_in(jax.random.key(data.turn_seed), shard), list[str]()
     size = data.shard_size
@@ -218,7 +218,7 @@ def _user_turns(model: Model, data: Distillation, shard: int) -> list[str]:
     raise AssertionError("unreachable")
 
 
-def prepared(model: Model, data: Distillation, console: Console, *, features: bool = True, make: bool = True) -> Split:
+def load_corpus(model: Model, data: Corpus, console: Console, *, features: bool = True, make: bool = True) -> Split:
     """The conversations to train on and to evaluate with; text that is missing is made.
 
     Args:
@@ -226,11 +226,11 @@ def prepared(model: Model, data: Distillation, console: Console, *, features: bo
       features: whether those that no shard keeps are computed now, by one pass of the target over the text.
 
     Raises:
-      DataError: as `distilled`, `read_conversations`, `split` and `with_features`.
+      DataError: as `make_corpus`, `read_conversations`, `split` and `with_features`.
     """
     if data.chats is None:
         there = sorted(Path(data.directory).glob("shard_*.npz"))[: data.shards]
-        text = read_shards(distilled(model, data, console, features=features) if make else there)
+        text = read_shards(make_corpus(model, data, console, features=features) if make else there)
     else:
         model = _dated(model, data)
         limit = min(data.max_chat_tokens, model.config.max_positions)

@@ -27,6 +27,12 @@ def reduce_labels(
     return np.where(labels == IGNORED, IGNORED, rows[np.maximum(labels, 0)])
 
 
+def frequent_tokens(tokens: Int[np.ndarray, "n"], size: int, vocab: int) -> Int[np.ndarray, "R"]:
+    """The `size` most frequent tokens, ascending (ties in frequency to the lowest id): a reduced vocabulary."""
+    counts = np.bincount(tokens, minlength=vocab)
+    return np.sort(np.argsort(-counts, kind="stable")[:size]).astype(np.int32)
+
+
 def label_ranks(logits: Float[Array, "C T V"], labels: Int[Array, "T C"]) -> Int[Array, "C T"]:
     """How many tokens a head prefers to the true one (0: none), ties to the lowest id; -1 where unlabelled.
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from specjax.corpus import manifest
-from specjax.corpus.build import Distillation, distilled
+from specjax.corpus.build import Corpus, make_corpus
 from specjax.corpus.shards import read_shards
 from specjax.corpus.split import split
 from specjax.environment import environment
@@ -22,14 +22,14 @@ class MakeText:
 
     name: str
     model: str
-    data: Distillation = field(default_factory=Distillation)
+    data: Corpus = field(default_factory=Corpus)
 
     def run(self, output_dir: Path, console: Console) -> dict[str, Any]:
         """Writes the shards to `data.directory`; the result tells what is there and how it is split."""
         model = load_model(self.model, dtype=jnp.bfloat16)
         if self.data.chats is not None:
             raise ConfigError(f"data.chats is {self.data.chats!r}; chats are trained on as they are, leave it out.")
-        parts = split(read_shards(distilled(model, self.data, console)), self.data.evaluation_share)
+        parts = split(read_shards(make_corpus(model, self.data, console)), self.data.evaluation_share)
         description, counts = manifest.load(Path(self.data.directory))
         return {
             "experiment": self.name,

@@ -16,8 +16,9 @@ from specjax.environment import environment
 from specjax.errors import ConfigError
 from specjax.heads import MedusaConfig, draft_projection, init_heads
 from specjax.loading.load import load_model
+from specjax.training.cached_medusa import CachedMedusa, CachedMedusaConfig, Dataset, Rows
 from specjax.training.optimiser import build
-from specjax.training.trainer import TrainConfig, medusa_step
+from specjax.training.run import step_of
 
 Step = Callable[[int], list[float]]  # runs so many steps; their losses
 
@@ -93,11 +94,13 @@ class TorchStep:
         )
         token_map = np.arange(self.reduced_vocab_size)
         heads = init_heads(shape, model.params, token_map)
-        config = TrainConfig(schedule="constant", warmup=0.0, learning_rate=self.learning_rate, compute=dtype)
+        config = CachedMedusaConfig(schedule="constant", warmup=0.0, learning_rate=self.learning_rate, compute=dtype)
         optimiser = build(config, 1)
         assert draft_projection(heads, model.params.unembedding) is not None
         projection = jnp.asarray(matrix, dtype)
-        step = jax.jit(medusa_step(heads, optimiser, config), donate_argnums=1)
+        text = Dataset(features, labels, np.array([len(features)]))
+        objective = CachedMedusa(heads=heads, target=model.params, data=text, held_out=text, settings=config)
+        step = jax.jit(step_of(objective, optimiser, 1), donate_argnums=0)
         state = optimiser.init(heads.params)
         batch = {"features": jnp.asarray(features, dtype), "labels": jnp.asarray(labels)}
 
@@ -105,7 +108,7 @@ class TorchStep:
             nonlocal state
             losses = []
             for _ in range(steps):
-                state, metrics = step(projection, state, batch)
+                state, metrics = step(state, batch, Rows(projection, None))
                 losses.append(metrics["loss"])
             return [float(loss) for loss in losses]
 

@@ -1,31 +1,29 @@
-"""The experiment that distils a draft model for a target."""
+"""Distils a draft model for a target, and evaluates one on new answers."""
 
 import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from specjax.corpus.build import Distillation, prepared
+from specjax.corpus.build import Corpus, load_corpus
 from specjax.corpus.conversation import answer_tokens, cut_tokens
 from specjax.environment import environment
 from specjax.errors import ConfigError
-from specjax.loading.load import load_draft, load_model, save_draft
+from specjax.loading.load import load_draft, load_model
+from specjax.ranks.labels import frequent_tokens
 from specjax.report.training_figures import save_draft_figures
+from specjax.studies.training_study import follow, result_of, text_counts
 from specjax.target.config import ModelConfig
-from specjax.training.draft import DistilConfig, distil, evaluate_draft, reduced_map
-from specjax.training.monitor import RunMonitor, throughput
-from specjax.training.packing import check_cut, packed_steps
-from specjax.training.quality import selected
-from specjax.training.trainer import frequent_tokens
+from specjax.training import preflight
+from specjax.training.draft import DraftConfig, DraftDistillation, evaluate_draft, reduced_map
 
 
 @dataclass(frozen=True)
-class FitDraft:
+class TrainDraft:
     """Distils a Qwen2 of the given shape, with a reduced vocabulary, on text of the target's own.
 
     The vocabulary is always reduced: one row stands for all tokens that the draft does not say, so that there must be
@@ -40,8 +38,8 @@ class FitDraft:
     num_layers: int = 4
     num_heads: int = 4
     num_kv_heads: int = 2
-    data: Distillation = field(default_factory=Distillation)
-    training: DistilConfig = field(default_factory=lambda: DistilConfig(select="best"))
+    data: Corpus = field(default_factory=Corpus)
+    training: DraftConfig = field(default_factory=lambda: DraftConfig(select="best"))
 
     def run(self, output_dir: Path, console: Console) -> dict[str, Any]:
         """Distils, and writes the draft of the checkpoint that `training.select` names (bfloat16, a Hugging Face
@@ -52,48 +50,26 @@ class FitDraft:
 
         Raises:
           ConfigError: a shape that does not fit the target, before there is any text.
-          As `prepared` and `distil`.
+          As `load_corpus` and `train`.
         """
         model = load_model(self.model, dtype=jnp.bfloat16)
         config = self._shape(model.config)  # raises now, not when the text has been made
-        text, held_out = prepared(model, self.data, console)
+        text, held_out = load_corpus(model, self.data, console)
         every = np.concatenate([part for item in text for part in (item.prompt, item.answer)])
         token_map = reduced_map(frequent_tokens(every, self.reduced_vocab_size - 1, model.config.vocab_size))
         rows = {int(token): row for row, token in enumerate(token_map)}
-        config = replace(config, eos_token_ids=tuple(rows[t] for t in model.config.eos_token_ids if t in rows))
-        training = self.training
-        steps, tokens = packed_steps(text, training), training.batch_size * training.length
-        with RunMonitor(output_dir, console, steps=steps, tokens_per_step=tokens) as monitor:
-            draft, log = distil(
-                config,
-                model.params,
-                token_map,
-                text,
-                held_out,
-                training,
-                output_dir,
-                monitor=monitor,
-                report=lambda record: console.print(f"step {record['step']}", json.dumps(record["eval"])),
-            )
-        chosen = selected(log, training.select, "acceptance")
-        half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), draft)
-        save_draft(output_dir / "draft", half, config, token_map)
-        return {
-            "experiment": self.name,
-            "config": asdict(self),
-            "environment": environment(),
-            "conversations": {"training": len(text), "held_out": len(held_out)},
-            "answer_tokens": {"training": answer_tokens(text), "held_out": answer_tokens(held_out)},
-            "cut_answer_tokens": {  # of those, beyond training.length: neither trained on nor evaluated
-                "training": cut_tokens(text, training.length),
-                "held_out": cut_tokens(held_out, training.length),
-            },
-            "record": chosen["eval"],
-            "step": chosen["step"],
-            "evaluations": [entry for entry in log if "eval" in entry],
-            "throughput": throughput(log),
-            "figures": save_draft_figures(log, output_dir),
-        }
+        objective = DraftDistillation(
+            config=replace(config, eos_token_ids=tuple(rows[t] for t in model.config.eos_token_ids if t in rows)),
+            target=model.params,
+            token_map=token_map,
+            data=text,
+            held_out=held_out,
+            settings=self.training,
+        )
+        followed = follow(objective, output_dir, console)
+        objective.export(output_dir, followed.result, {})
+        figures = save_draft_figures(followed.log, output_dir)
+        return result_of(self, followed, figures) | text_counts(text, held_out, self.training.length)
 
     def _shape(self, target: ModelConfig) -> ModelConfig:
         if not 2 <= self.reduced_vocab_size <= target.vocab_size:
@@ -133,7 +109,7 @@ class EvaluateDraft:
     name: str
     model: str
     draft: str  # a packaged name or a directory
-    data: Distillation = field(default_factory=Distillation)
+    data: Corpus = field(default_factory=Corpus)
     batch_size: int = 8  # conversations
     length: int = 256  # tokens of each that count
 
@@ -143,15 +119,15 @@ class EvaluateDraft:
         Raises:
           ConfigError: a draft without a token map, or a batch_size or length below 1.
           DataError: no answer begins within `length` tokens.
-          As `prepared`.
+          As `load_corpus`.
         """
-        training = DistilConfig(batch_size=self.batch_size, length=self.length)  # raises now, not after the text
+        training = DraftConfig(batch_size=self.batch_size, length=self.length)  # raises now, not after the text
         model = load_model(self.model, dtype=jnp.bfloat16)
         draft, token_map = load_draft(self.draft)
         if token_map is None:
-            raise ConfigError(f"{self.draft} has no token map; this evaluates drafts that FitDraft made.")
-        text = [item for part in prepared(model, self.data, console) for item in part]
-        check_cut(text, self.length, "evaluation", ahead=1)
+            raise ConfigError(f"{self.draft} has no token map; this evaluates drafts that TrainDraft made.")
+        text = [item for part in load_corpus(model, self.data, console) for item in part]
+        preflight.check_cut(text, self.length, "evaluation", ahead=1)
         found = evaluate_draft(draft.params, draft.config, model.params, np.asarray(token_map), text, training)
         console.print(json.dumps(found))
         return {

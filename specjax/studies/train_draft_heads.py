@@ -16,11 +16,11 @@ from specjax.corpus.split import joined, split
 from specjax.corpus.texts import conversation_texts
 from specjax.errors import ConfigError
 from specjax.loading.load import load_draft, load_model
-from specjax.studies.head_fit import HeadFit
+from specjax.studies.train_cached_medusa import CachedHeadTraining
 
 
 @dataclass(frozen=True, kw_only=True)
-class FitDraftHeads(HeadFit):
+class TrainDraftHeads(CachedHeadTraining):
     """Lets a draft model answer seed prompts, and fits heads to that text."""
 
     draft: str  # as `load_draft` takes it
@@ -40,11 +40,11 @@ class FitDraftHeads(HeadFit):
         """Makes the text, then `fit`.
 
         Raises:
-          As `check`, before there is any text; as `answer`, `split` and `fit`.
+          As `start`, before there is any text; as `answer`, `split` and `fit`.
         """
         tokenizer = chat_tokenizer(load_model(self.tokenizer, dtype="bfloat16")).dated(TODAY)
         model, token_map = load_draft(self.draft)
-        self.check(model, console)
+        start = self.start(model, console)
         asked = [
             tokenizer.apply_chat_template([{"role": "user", "content": text}])
             for text in seed_prompts(self.prompts, self.prompt_seed)
@@ -66,4 +66,4 @@ class FitDraftHeads(HeadFit):
             conversations(prompts, made.tokens, made.lengths, made.features), self.evaluation_share
         )
         texts = conversation_texts(held_out)
-        return self.fit(model, joined(training), joined(held_out), texts, output_dir, console)
+        return self.fit(model, start, joined(training), joined(held_out), texts, output_dir, console)

@@ -13,13 +13,13 @@ from specjax.corpus.answers import Answers, answer, distinct
 from specjax.errors import ConfigError
 from specjax.loading.load import Model
 from specjax.ranks.measuring import Text
-from specjax.studies.head_fit import HeadFit
+from specjax.studies.train_cached_medusa import CachedHeadTraining
 from specjax.target import params
 from specjax.target.config import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class FitRandomQwen2(HeadFit):
+class TrainRandomQwen2(CachedHeadTraining):
     """Makes a Qwen2 with random weights, lets it answer random prompts, and fits heads to that text."""
 
     vocab_size: int = 64
@@ -44,7 +44,7 @@ class FitRandomQwen2(HeadFit):
     def run(self, output_dir: Path, console: Console) -> dict[str, Any]:
         """Makes model and text, then `fit`; adds `gain`: what head 1's top-1 accuracy and tokens_per_round gained."""
         model = self.target()
-        self.check(model, console)
+        start = self.start(model, console)
         rng = np.random.default_rng(self.seed)
         shape = (self.conversations + self.held_out, self.prompt_tokens)
         prompts = [row.tolist() for row in rng.integers(0, self.vocab_size, shape)]
@@ -60,7 +60,7 @@ class FitRandomQwen2(HeadFit):
             for prompt, part in zip(prompts[self.conversations :], parts[self.conversations :], strict=True)
             if part.tobytes() not in seen
         ]
-        result = self.fit(model, text, held_out, others, output_dir, console)
+        result = self.fit(model, start, text, held_out, others, output_dir, console)
         first, last = result["evaluations"][0]["eval"], result["record"]
         top1 = [b - a for a, b in zip(first["accuracy"]["top1"], last["accuracy"]["top1"], strict=True)]
         gain = {"top1": top1, "tokens_per_round": last["tokens_per_round"] - first["tokens_per_round"]}

@@ -6,34 +6,34 @@ comes from the features kept at distillation, so that the target itself need not
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, NamedTuple
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from specjax.corpus.conversation import Conversation, text_identity
 from specjax.errors import ConfigError
 from specjax.fingerprint import arrays_fingerprint, fingerprint, float_dtype
+from specjax.loading.load import save_draft
 from specjax.target import params as parameters
 from specjax.target.config import ModelConfig
 from specjax.target.model import forward, unembed
 from specjax.target.params import Params
-from specjax.training import loop
+from specjax.training import mesh, preflight, run
 from specjax.training.identity import settings_of
-from specjax.training.optimiser import build
-from specjax.training.packing import PackedConfig, attention_mask, check_cut, packed, packed_steps
-
-Divergence = Literal["forward_kl", "reverse_kl", "jsd", "tvd"]
+from specjax.training.losses import DIVERGENCES, Divergence
+from specjax.training.objective import Batch, HostBatch, Moment
+from specjax.training.packing import PackedConfig, PackedObjective, attention_mask
 
 
 @dataclass(frozen=True)
-class DistilConfig(PackedConfig):
+class DraftConfig(PackedConfig):
     """How to distil; the best checkpoint is the one with the highest acceptance."""
 
     epochs: int = 4
@@ -43,7 +43,7 @@ class DistilConfig(PackedConfig):
     weight_decay: float = 0.01
     divergence: Divergence = "forward_kl"
     text_weight: float = 0.2  # of the cross-entropy with the text itself, added to the divergence
-    checkpoint_every: int = 200  # steps between checkpoints and evaluations
+    checkpoint_every: int | None = 200
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,24 +52,6 @@ class DistilConfig(PackedConfig):
                 f"divergence {self.divergence!r}, text_weight {self.text_weight}; expected one of "
                 f"{sorted(DIVERGENCES)} and a weight of at least 0."
             )
-
-
-def _kl(log_p: Float[Array, "T R"], log_q: Float[Array, "T R"]) -> Float[Array, "T"]:
-    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
-
-
-def _jsd(log_p: Float[Array, "T R"], log_q: Float[Array, "T R"]) -> Float[Array, "T"]:
-    log_m = jnp.logaddexp(log_p, log_q) - jnp.log(2.0)
-    return 0.5 * (_kl(log_p, log_m) + _kl(log_q, log_m))
-
-
-# Of target p and draft q, both as logarithms, in nats; total variation is the rejection rate itself.
-DIVERGENCES: dict[str, Callable[[Array, Array], Array]] = {
-    "forward_kl": _kl,
-    "reverse_kl": lambda log_p, log_q: _kl(log_q, log_p),
-    "jsd": _jsd,
-    "tvd": lambda log_p, log_q: 0.5 * jnp.sum(jnp.abs(jnp.exp(log_p) - jnp.exp(log_q)), axis=-1),
-}
 
 
 def reduced_map(frequent: Int[np.ndarray, "R"]) -> Int[np.ndarray, "R+1"]:
@@ -90,16 +72,161 @@ def init_draft(key: jax.Array, config: ModelConfig, target: Params, token_map: I
     return replace(made, embed=jnp.asarray(0.02 * reduced / reduced.std(), jnp.float32))
 
 
-def _to_draft(token_map: Int[np.ndarray, "R+1"], vocab: int) -> Int[np.ndarray, "V"]:
-    rows = np.full(vocab, len(token_map) - 1, np.int32)
-    rows[token_map[:-1]] = np.arange(len(token_map) - 1, dtype=np.int32)
-    return rows
+class Frozen(NamedTuple):
+    """The target's LM head, its rows that the draft can say (bfloat16), the draft's token map, and the draft's row of
+    every target token."""
+
+    unembedding: Float[Array, "V D"]
+    sayable: Float[Array, "R D"]
+    token_map: Int[Array, "R+1"]
+    to_draft: Int[Array, "V"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftDistillation(PackedObjective):
+    """Distils a draft of shape `config` from text with the target's features; gives its float32 parameters.
+
+    A step's record has the loss's two parts, `divergence` and `text`, in nats over the answers' tokens. An evaluation's
+    says what the draft would be accepted at, one token ahead, on average over the answers' tokens: `acceptance` is
+    sum_x min(p(x), q(x)), the acceptance rate of sampling at temperature 1; `agreement` the share of positions where
+    both prefer the same token, the acceptance rate of greedy decoding; `text` the cross-entropy with the text in nats,
+    over the tokens that the draft can say. Conversations count up to `length` tokens.
+
+    Attributes:
+      target: its LM head reads the features that the text brings along.
+      token_map: of `reduced_map`.
+
+    Raises:
+      ConfigError: a vocabulary of another size than the token map.
+    """
+
+    config: ModelConfig
+    target: Params
+    token_map: Int[np.ndarray, "R+1"]
+    settings: DraftConfig
+    score: ClassVar[str] = "acceptance"
+
+    def __post_init__(self) -> None:
+        if self.config.vocab_size != len(self.token_map):
+            raise ConfigError(
+                f"the draft's vocab_size is {self.config.vocab_size}, its token map has {len(self.token_map)} entries."
+            )
+
+    def check(self, on: Mesh) -> None:
+        """Rows, and labels that are left."""
+        mesh.check_rows(self.settings.batch_size, on)
+        for text, what in ((self.data, "training"), (self.held_out, "evaluation")):
+            preflight.check_cut(text, self.settings.length, what, ahead=1)
+
+    def identity(self) -> dict[str, Any]:
+        """Settings, shapes, target and text."""
+        return {
+            "training": settings_of(self.settings),
+            "draft": asdict(self.config),
+            "token_map": arrays_fingerprint(self.token_map),
+            "target": fingerprint(self.target),
+            "target_dtype": float_dtype(self.target),
+            "data": text_identity(self.data),
+            "held_out": text_identity(self.held_out),
+        }
+
+    def initial(self) -> Params:
+        """As `init_draft`."""
+        return init_draft(jax.random.key(self.settings.seed), self.config, self.target, self.token_map)
+
+    def shardings(self, on: Mesh) -> Params:
+        """Those of any decoder."""
+        return parameters.shardings(self.config, on)
+
+    def constants(self, on: Mesh) -> Frozen:
+        """The target's side."""
+        vocab, said = self.target.unembedding.shape[0], self.token_map[:-1]
+        to_draft = np.full(vocab, len(said), np.int32)
+        to_draft[said] = np.arange(len(said), dtype=np.int32)
+        sayable = self.target.unembedding[said].astype(jnp.bfloat16)
+        whole = Frozen(self.target.unembedding, sayable, jnp.asarray(self.token_map), jnp.asarray(to_draft))
+        return mesh.put(whole, jax.tree.map(lambda _: mesh.replicated(on), whole))
+
+    def loss(
+        self, params: Params, constants: Frozen, batch: Batch, moment: Moment
+    ) -> tuple[Float[Array, ""], dict[str, Array]]:
+        """The divergence from the target, and beside it the text's cross-entropy."""
+        half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)  # float32 master weights
+        divergence = self.settings.divergence
+        apart, text = distil_loss(half, self.config, constants, batch, divergence, shards=moment.shards)
+        return apart + self.settings.text_weight * text, {"divergence": apart, "text": text}
+
+    def judge(self, params: Params, constants: Frozen, batch: Batch, shards: int = 1) -> dict[str, Array]:
+        """Sums over the answers' tokens: overlap of the laws, agreement, text loss, and the tokens themselves."""
+        draft = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+        unembedding, said = constants.unembedding, constants.token_map[:-1]
+
+        def one(row: tuple[Array, ...]) -> Float[Array, "4"]:
+            tokens, positions, segments, theirs, counted = row
+            out = forward(draft, self.config, tokens, positions=positions, mask=attention_mask(segments))
+            log_q = jax.nn.log_softmax(unembed(draft, out.features[:-1])[:, :-1], axis=-1)
+            logits = _logits(unembedding, theirs)
+            p = jnp.exp(logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True))[:, said]
+            overlap = jnp.sum(jnp.minimum(p, jnp.exp(log_q)), axis=-1)
+            same = constants.token_map[jnp.argmax(log_q, axis=-1)] == jnp.argmax(logits, axis=-1)
+            labels = tokens[1:]
+            picked = jnp.take_along_axis(log_q, jnp.minimum(labels, log_q.shape[1] - 1)[:, None], axis=1)[:, 0]
+            text = jnp.where(labels < log_q.shape[1], -picked, 0.0)
+            found = jnp.stack([overlap, same.astype(jnp.float32), text, jnp.ones_like(text)])
+            return jnp.sum(jnp.where(counted, found, 0), axis=1)
+
+        rows = constants.to_draft[batch["tokens"]]
+        parts = (rows, batch["positions"], batch["segments"], batch["features"][:, 1:], _counted(batch))
+        return {"sums": jnp.sum(_by_row(one, shards, *parts), axis=0)}
+
+    def record(self, found: Sequence[HostBatch]) -> dict[str, float]:
+        """Averages."""
+        sums = np.zeros(4)
+        for part in found:
+            sums += part["sums"]
+        return dict(zip(("acceptance", "agreement", "text"), (sums[:3] / max(sums[3], 1)).tolist(), strict=True))
+
+    def trained(self, params: Params) -> Params:
+        """They are the draft."""
+        return params
+
+    def export(self, directory: Path, trained: Params, metadata: Mapping[str, Any]) -> None:
+        """A Hugging Face directory `draft` with its token map, bfloat16."""
+        half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), trained)
+        save_draft(directory / "draft", half, self.config, self.token_map)
+
+
+def distil_loss(
+    draft: Params, config: ModelConfig, constants: Frozen, batch: Batch, divergence: Divergence, *, shards: int = 1
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Mean divergence and mean text cross-entropy, in nats, over the answers' tokens.
+
+    Args:
+      draft: its parameters; the products run in their dtype.
+      batch: of `packing.packed`, with features.
+      shards: groups of rows that are computed side by side.
+    """
+    rows = constants.to_draft[batch["tokens"]]
+
+    def features(tokens: Int[Array, "T"], positions: Int[Array, "T"], segments: Int[Array, "T"]) -> Float[Array, "T d"]:
+        return forward(draft, config, tokens, positions=positions, mask=attention_mask(segments)).features
+
+    ours = jax.vmap(features)(rows, batch["positions"], batch["segments"])[:, :-1]
+    # The draft's feature at slot t - 1 and the target's kept at slot t predict the same token, that of slot t.
+    counted = _counted(batch)
+
+    def one(row: tuple[Array, ...]) -> tuple[Array, Array]:
+        return _row_loss(draft, constants.sayable, *row, divergence)
+
+    apart, text = _by_row(one, shards, ours, batch["features"][:, 1:], rows[:, 1:])
+    total = jnp.maximum(jnp.sum(counted), 1)
+    return jnp.sum(jnp.where(counted, apart, 0)) / total, jnp.sum(jnp.where(counted, text, 0)) / total
 
 
 @functools.partial(jax.checkpoint, static_argnums=(5,))
-def _chunk_loss(
+def _row_loss(
     draft: Params,
-    projection: Float[Array, "R D"],
+    sayable: Float[Array, "R D"],
     ours: Float[Array, "T d"],
     theirs: Float[Array, "T D"],
     labels: Int[Array, "T"],
@@ -107,136 +234,28 @@ def _chunk_loss(
 ) -> tuple[Float[Array, "T"], Float[Array, "T"]]:
     # Recomputed in the backward pass: T x R logits of both models live only here.
     log_q = jax.nn.log_softmax(unembed(draft, ours)[:, :-1], axis=-1)
-    log_p = jax.nn.log_softmax(
-        jnp.einsum("TD,RD->TR", theirs.astype(projection.dtype), projection, preferred_element_type=jnp.float32), -1
-    )
-    sayable = labels < log_q.shape[1]
-    picked = jnp.take_along_axis(log_q, jnp.where(sayable, labels, 0)[:, None], axis=1)[:, 0]
-    return DIVERGENCES[divergence](log_p, log_q), jnp.where(sayable, -picked, 0.0)
+    log_p = jax.nn.log_softmax(_logits(sayable, theirs), -1)
+    known = labels < log_q.shape[1]
+    picked = jnp.take_along_axis(log_q, jnp.where(known, labels, 0)[:, None], axis=1)[:, 0]
+    return DIVERGENCES[divergence](log_p, log_q), jnp.where(known, -picked, 0.0)
 
 
-def distil_loss(
-    draft: Params,
-    config: ModelConfig,
-    projection: Float[Array, "R D"],
-    to_draft: Int[Array, "V"],
-    batch: dict[str, Array],
-    divergence: Divergence,
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Mean divergence and mean text cross-entropy, in nats, over the answers' tokens.
-
-    Args:
-      draft: its parameters; the products run in their dtype.
-      projection: the target's LM head restricted to the tokens that the draft can say.
-      to_draft: target id -> draft row.
-      batch: of `data.packed`, with features.
-    """
-    rows = to_draft[batch["tokens"]]
-
-    def features(tokens: Int[Array, "T"], positions: Int[Array, "T"], segments: Int[Array, "T"]) -> Float[Array, "T d"]:
-        mask = attention_mask(segments)
-        return forward(draft, config, tokens, positions=positions, mask=mask).features
-
-    ours = jax.vmap(features)(rows, batch["positions"], batch["segments"])[:, :-1]
-    # The draft's feature at slot t - 1 and the target's kept at slot t predict the same token, that of slot t.
-    counted = _counted(batch)
-
-    def one(row: tuple[Array, ...]) -> tuple[Array, Array]:
-        return _chunk_loss(draft, projection, *row, divergence)
-
-    apart, text = jax.lax.map(one, (ours, batch["features"][:, 1:], rows[:, 1:]))
-    total = jnp.maximum(jnp.sum(counted), 1)
-    return jnp.sum(jnp.where(counted, apart, 0)) / total, jnp.sum(jnp.where(counted, text, 0)) / total
+def _logits(rows: Float[Array, "V D"], features: Float[Array, "T D"]) -> Float[Array, "T V"]:
+    return jnp.einsum("TD,VD->TV", features.astype(rows.dtype), rows, preferred_element_type=jnp.float32)
 
 
-def _counted(batch: dict[str, Array]) -> Bool[Array, "B T-1"]:
+def _by_row(function: Callable[..., Any], shards: int, *arrays: Array) -> Any:
+    """`function` of every row, one after the other within each of the groups of rows that devices hold."""
+    if shards == 1:
+        return jax.lax.map(function, arrays)
+    groups = tuple(array.reshape(shards, -1, *array.shape[1:]) for array in arrays)
+    found = jax.vmap(lambda *rows: jax.lax.map(function, rows))(*groups)
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), found)
+
+
+def _counted(batch: Batch) -> Bool[Array, "B T-1"]:
     segments = batch["segments"]
     return batch["answer"][:, 1:] & (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
-
-
-def distil(
-    config: ModelConfig,
-    target: Params,
-    token_map: Int[np.ndarray, "R+1"],
-    data: list[Conversation],
-    held_out: list[Conversation],
-    training: DistilConfig,
-    directory: Path,
-    *,
-    report: Callable[[dict[str, Any]], None] = lambda record: None,
-    monitor: loop.Monitor | None = None,
-) -> tuple[Params, list[dict[str, Any]]]:
-    """Distils a draft of shape `config`; resumes from `directory`.
-
-    Gives the float32 parameters (the averaged ones where there are any) of the checkpoint that `training.select` names,
-    and the log of `loop.fit`: a step's record has the loss with its two parts, `divergence` and `text`, the gradient's
-    norm and the learning rate; an evaluation's `eval` is what `evaluate_draft` gives on `held_out`.
-
-    Args:
-      monitor: follows the run (`monitor.RunMonitor`).
-
-    Raises:
-      ConfigError: a vocabulary of another size than the token map.
-      DataError: too little data, no answer within `length` tokens, or a loss that is not finite.
-      CheckpointError: a full disk, or a directory in which a run of other settings, target or data was begun.
-    """
-    if config.vocab_size != len(token_map):
-        raise ConfigError(f"the draft's vocab_size is {config.vocab_size}, its token map has {len(token_map)} entries.")
-    for part, what in ((data, "training"), (held_out, "evaluation")):
-        check_cut(part, training.length, what, ahead=1)
-    steps = packed_steps(data, training)
-    optimiser = build(training, steps)
-    start = init_draft(jax.random.key(training.seed), config, target, token_map)
-    projection = target.unembedding[token_map[:-1]].astype(jnp.bfloat16)
-    to_draft = jnp.asarray(_to_draft(token_map, target.unembedding.shape[0]))
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def step(state: Any, batch: dict[str, Array]) -> tuple[Any, dict[str, Array]]:
-        def loss(draft: Params) -> tuple[Array, tuple[Array, Array]]:
-            half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), draft)  # float32 master weights
-            apart, text = distil_loss(half, config, projection, to_draft, batch, training.divergence)
-            return apart + training.text_weight * text, (apart, text)
-
-        (value, (apart, text)), grads = jax.value_and_grad(loss, has_aux=True)(state["params"])
-        state, metrics = optimiser.update(state, grads)
-        return state, {"loss": value, "divergence": apart, "text": text, **metrics}
-
-    def evaluate(state: Any) -> dict[str, float]:
-        return evaluate_draft(optimiser.evaluated(state), config, target, token_map, held_out, training)
-
-    batches = _batches(data, training, epochs=training.epochs)
-    trained = loop.fit(
-        step,
-        optimiser.init(start),
-        batches,
-        steps=steps,
-        directory=directory,
-        checkpoint_every=training.checkpoint_every,
-        settings={
-            "training": settings_of(training),
-            "draft": asdict(config),
-            "token_map": arrays_fingerprint(token_map),
-            "target": fingerprint(target),
-            "target_dtype": float_dtype(target),
-            "data": text_identity(data),
-            "held_out": text_identity(held_out),
-        },
-        evaluate=evaluate,
-        report=report,
-        score=lambda found: found["acceptance"],
-        keep=training.keep,
-        per_step={"tokens": training.batch_size * training.length},
-        monitor=monitor,
-    )
-    chosen = trained.state if training.select == "last" else loop.best_state(directory, trained.state, batches)
-    return optimiser.evaluated(chosen), trained.log
-
-
-def _batches(
-    data: list[Conversation], training: DistilConfig, *, epochs: int, whole: bool = False
-) -> grain.IterDataset:
-    shape = {"length": training.length, "batch_size": training.batch_size, "seed": training.seed}
-    return packed(data, **shape, epochs=epochs, whole=whole)
 
 
 def evaluate_draft(
@@ -244,52 +263,11 @@ def evaluate_draft(
     config: ModelConfig,
     target: Params,
     token_map: Int[np.ndarray, "R+1"],
-    data: list[Conversation],
-    training: DistilConfig,
+    data: Sequence[Conversation],
+    settings: DraftConfig,
 ) -> dict[str, float]:
-    """What the draft would be accepted at, one token ahead, on `data`, averaged over the answers' tokens.
-
-    `acceptance` is sum_x min(p(x), q(x)), the acceptance rate of sampling at temperature 1; `agreement` the share of
-    positions where both prefer the same token, the acceptance rate of greedy decoding; `text` the cross-entropy with
-    the text in nats, over the tokens that the draft can say. Every token of conversations up to `length` tokens counts;
-    the rest of longer ones is cut.
-    """
-    to_draft = jnp.asarray(_to_draft(token_map, target.unembedding.shape[0]))
-    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), draft)
-    sums = np.zeros(4)
-    for batch in _batches(data, training, epochs=1, whole=True):
-        sums += np.asarray(_evaluate(half, config, target.unembedding, jnp.asarray(token_map), to_draft, batch))
-    share = sums / max(sums[3], 1)
-    return {"acceptance": float(share[0]), "agreement": float(share[1]), "text": float(share[2])}
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def _evaluate(
-    draft: Params,
-    config: ModelConfig,
-    unembedding: Float[Array, "V D"],
-    token_map: Int[Array, "R+1"],
-    to_draft: Int[Array, "V"],
-    batch: dict[str, Array],
-) -> Float[Array, "4"]:
-    counted, rows = _counted(batch), to_draft[batch["tokens"]]
-
-    def one(row: tuple[Array, ...]) -> Float[Array, "4"]:
-        tokens, positions, segments, theirs, counted = row
-        out = forward(draft, config, tokens, positions=positions, mask=attention_mask(segments))
-        log_q = jax.nn.log_softmax(unembed(draft, out.features[:-1])[:, :-1], axis=-1)
-        logits = jnp.einsum(
-            "TD,VD->TV", theirs.astype(unembedding.dtype), unembedding, preferred_element_type=jnp.float32
-        )
-        p = jnp.exp(logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True))[:, token_map[:-1]]
-        overlap = jnp.sum(jnp.minimum(p, jnp.exp(log_q)), axis=-1)
-        same = token_map[jnp.argmax(log_q, axis=-1)] == jnp.argmax(logits, axis=-1)
-        labels = tokens[1:]
-        picked = jnp.take_along_axis(log_q, jnp.minimum(labels, log_q.shape[1] - 1)[:, None], axis=1)[:, 0]
-        text = jnp.where(labels < log_q.shape[1], -picked, 0.0)
-        return jnp.sum(
-            jnp.where(counted, jnp.stack([overlap, same.astype(jnp.float32), text, jnp.ones_like(text)]), 0), axis=1
-        )
-
-    per_row = jax.lax.map(one, (rows, batch["positions"], batch["segments"], batch["features"][:, 1:], counted))
-    return jnp.sum(per_row, axis=0)
+    """What `DraftDistillation` says of a draft in an evaluation, on `data`."""
+    objective = DraftDistillation(
+        config=config, target=target, token_map=token_map, data=(), held_out=data, settings=settings
+    )
+    return run.evaluate(objective, draft)

@@ -5,6 +5,7 @@ text position t, the LM head gives t + 1 (token j) and head i gives t + 2 + i.
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal, NamedTuple
 
@@ -22,6 +23,7 @@ LOGIT_BYTES = 160 << 20  # of float32 logits that exist at once, for all heads t
 _CACHED_BYTES = 16 << 20  # as many stay in a CPU's cache
 _FEWEST = 64  # positions of a chunk: with fewer, reading the projection takes longer than the arithmetic
 Weighting = Literal["sum", "decay"]
+Divergence = Literal["forward_kl", "reverse_kl", "jsd", "tvd"]
 
 
 class Teacher(NamedTuple):
@@ -50,6 +52,24 @@ def head_weights(weighting: Weighting, heads: int, scale: float = 0.2) -> Float[
 def head_cross_entropy(logits: Float[Array, "C T V"], labels: Int[Array, "T C"]) -> Float[Array, "C"]:
     """Mean cross-entropy of each head over its labelled positions, in nats."""
     return jnp.sum(token_losses(logits, labels), axis=1) / jnp.maximum(jnp.sum(labels.T != IGNORED, axis=1), 1)
+
+
+def _kl(log_p: Float[Array, "T R"], log_q: Float[Array, "T R"]) -> Float[Array, "T"]:
+    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+
+
+def _jsd(log_p: Float[Array, "T R"], log_q: Float[Array, "T R"]) -> Float[Array, "T"]:
+    log_m = jnp.logaddexp(log_p, log_q) - jnp.log(2.0)
+    return 0.5 * (_kl(log_p, log_m) + _kl(log_q, log_m))
+
+
+# Of target p and draft q, both as logarithms, in nats; total variation is the rejection rate itself.
+DIVERGENCES: dict[str, Callable[[Array, Array], Array]] = {
+    "forward_kl": _kl,
+    "reverse_kl": lambda log_p, log_q: _kl(log_q, log_p),
+    "jsd": _jsd,
+    "tvd": lambda log_p, log_q: 0.5 * jnp.sum(jnp.abs(jnp.exp(log_p) - jnp.exp(log_q)), axis=-1),
+}
 
 
 def token_losses(logits: Float[Array, "C T V"], labels: Int[Array, "T C"]) -> Float[Array, "C T"]:

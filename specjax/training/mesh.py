@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Shaped
+from jaxtyping import Array, Float, Shaped
 
 from specjax.errors import ConfigError, DataError
 from specjax.files import write_atomically
@@ -178,6 +178,11 @@ def put(tree: Any, shardings: Any) -> Any:
     """Places arrays that every process holds whole."""
     # From NumPy: jax 0.10.2 makes a malformed array of one process's jax.Array and a sharding over several.
     return jax.tree.map(lambda leaf, sharding: jax.device_put(np.asarray(leaf), sharding), tree, shardings)
+
+
+def put_rows(rows: Float[Array, "R D"] | None, on: Mesh) -> Float[Array, "R D"] | None:
+    """An LM head's rows, split as the LM head is, over the vocabulary."""
+    return None if rows is None else put(rows, named_sharding(ParamSpec(rows.shape, ("V", "D"), "zeros"), on))
 
 
 def gather(tree: Any, mesh: Mesh) -> Any:

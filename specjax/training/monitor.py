@@ -1,5 +1,6 @@
 """What a training run shows while it runs: a live line on the terminal, and TensorBoard event files."""
 
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ _SECONDS = 0.5  # between two updates of the live line: reading a loss waits for
 
 
 class RunMonitor:
-    """A `loop.Monitor`, to be used as a context: `with RunMonitor(...) as monitor: train(..., monitor=monitor)`.
+    """A `steps.Monitor`, to be used as a context: `with RunMonitor(...) as monitor: train(..., monitor=monitor)`.
 
     The line has the step, the mean loss, how good it was at the last evaluation (head 1's top-1 accuracy, a draft
     model's acceptance), tokens per second and the time that is left. The events have every number of the log, under its
@@ -91,6 +92,8 @@ class RunMonitor:
 def evaluation_line(entry: Mapping[str, Any]) -> str:
     """An evaluation of the log in one line."""
     found = entry["eval"]
+    if "accuracy" not in found:
+        return f"step {entry['step']}: {json.dumps(found)}"
     backbone = f", backbone loss {found['backbone']:.4f}" if "backbone" in found else ""
     return (
         f"step {entry['step']}: top-1 {found['accuracy']['top1']}, top-3 {found['accuracy']['top3']}, "
@@ -115,7 +118,7 @@ def _scalars(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
         yield path, float(value)
 
 
-def tell_of_start(console: Console, wrong: str | None) -> None:
+def warn_of_other_backbone(console: Console, wrong: str | None) -> None:
     """Says what `backbone_of` finds wrong with heads to go on from, if anything: they can be a start all the same."""
     if wrong is not None:
         console.print(f"[yellow]{escape(wrong)} As it is, they are a start for heads of this model.[/]")

@@ -6,10 +6,9 @@ each, so that neither attention nor labels cross from one to the next. The itera
 """
 
 import functools
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import grain
 import jax
@@ -17,33 +16,57 @@ import numpy as np
 from grain.experimental import FirstFitPackIterDataset
 from jaxtyping import Int
 
-from specjax.corpus.conversation import Conversation, answer_tokens, cut_tokens
+from specjax.corpus.conversation import Conversation
 from specjax.errors import ConfigError, DataError
-from specjax.training.optimiser import OptimiserConfig, whole_updates
+from specjax.training.objective import Objective, RunConfig
+from specjax.training.optimiser import whole_updates
 
 _Mask = TypeVar("_Mask", np.ndarray, jax.Array)
-Select = Literal["best", "last"]  # which checkpoint a run gives; best: by its score on held-out text
 _BINS = 32  # rows that are filled side by side: more waste less, and hold back more conversations
 
 
 @dataclass(frozen=True)
-class PackedConfig(OptimiserConfig):
+class PackedConfig(RunConfig):
     """Training on packed text: a step is `batch_size` rows of `length` tokens."""
 
-    epochs: int = 2
-    batch_size: int = 8
     length: int = 512
-    seed: int = 0
-    checkpoint_every: int = 100  # steps between checkpoints and evaluations
-    keep: int = 2  # newest checkpoints; the best one stays as well
-    select: Select = "last"  # which checkpoint counts in the end
+    checkpoint_every: int | None = 100
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if min(self.epochs, self.batch_size, self.length, self.checkpoint_every, self.keep) < 1:
-            raise ConfigError(f"{self}: expected epochs, batch_size, length, checkpoint_every and keep of at least 1.")
-        if self.select not in ("best", "last"):
-            raise ConfigError(f"select is {self.select!r}; expected 'best' or 'last'.")
+        if self.length < 1:
+            raise ConfigError(f"length is {self.length}; expected at least 1 token in a row.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedObjective(Objective):
+    """What objectives on packed conversations share."""
+
+    data: Sequence[Conversation]
+    held_out: Sequence[Conversation]
+    settings: PackedConfig
+
+    @functools.cached_property
+    def steps(self) -> int:
+        """As `packed_steps`."""
+        return packed_steps(self.data, self.settings)
+
+    @property
+    def amounts(self) -> dict[str, float]:
+        """Slots, padding included."""
+        return {"tokens": self.settings.batch_size * self.settings.length}
+
+    def batches(self) -> grain.IterDataset:
+        """Of every epoch."""
+        return self._packed(self.data, epochs=self.settings.epochs)
+
+    def held_out_batches(self, shards: int = 1) -> grain.IterDataset:
+        """Of one epoch; no row is left out."""
+        return self._packed(self.held_out, epochs=1, whole=True)
+
+    def _packed(self, data: Sequence[Conversation], *, epochs: int, whole: bool = False) -> grain.IterDataset:
+        shape = {"length": self.settings.length, "batch_size": self.settings.batch_size, "seed": self.settings.seed}
+        return packed(data, **shape, epochs=epochs, whole=whole)
 
 
 def packed_steps(data: Sequence[Conversation], config: PackedConfig) -> int:
@@ -93,36 +116,6 @@ def labels(item: Conversation, length: int, ahead: int) -> Int[np.ndarray, "n"]:
     live, count = row["answer"], max(0, len(row["tokens"]) - ahead)
     wanted = np.all([live[1 + i : 1 + i + count] for i in range(ahead)], axis=0)
     return row["tokens"][len(row["tokens"]) - count :][wanted]
-
-
-def check_cut(data: Sequence[Conversation], length: int, what: str, *, ahead: int) -> None:
-    """Warns before a run of the assistant's tokens beyond `length`, where `packed` cuts conversations.
-
-    Args:
-      what: the text is for, as messages name it.
-      ahead: of `labels`: 1 for a draft model, 2 for the first head.
-
-    Raises:
-      DataError: the text has no label, or none is left of it.
-    """
-    cut, total, longest = cut_tokens(data, length), answer_tokens(data), max(map(len, data), default=0)
-    remedy = f"set its length to more ({longest} holds all of it), or shorten the chats"
-    if not any(len(labels(item, length, ahead)) for item in data):
-        if not any(len(labels(item, len(item), ahead)) for item in data):
-            raise DataError(
-                f"none of the {len(data)} conversations in the {what} text has {ahead} of the assistant's tokens in a "
-                "row after its first token; add longer ones."
-            )
-        raise DataError(
-            f"the {what} text is cut at length {length}, which takes {cut} of its {total} answer tokens and leaves no "
-            f"label; {remedy}."
-        )
-    if cut and jax.process_index() == 0:
-        warnings.warn(
-            f"the {what} text is cut at length {length}, which takes {cut} of its {total} answer tokens "
-            f"({cut / total:.1%}); {remedy}.",
-            stacklevel=3,
-        )
 
 
 def packed(

@@ -1,7 +1,6 @@
 """How good heads are on held-out text: the record of an evaluation, and which evaluation counts."""
 
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -9,7 +8,6 @@ from jaxtyping import Float, Int
 from specjax.errors import TreeError
 from specjax.ranks.simulation import simulate
 from specjax.ranks.table import RankTable
-from specjax.training.packing import Select
 from specjax.tree import Tree
 
 TOP = (1, 2, 3, 5, 10)
@@ -69,14 +67,3 @@ def tree_for(tree: Tree | None, heads: int) -> Tree:
             f"{heads}, and ranks below {CAP} are simulated. Name another tree."
         )
     return tree
-
-
-def selected(
-    log: Sequence[dict[str, Any]], select: Select, score: Literal["tokens_per_round", "acceptance"] = "tokens_per_round"
-) -> dict[str, Any]:
-    """The log's evaluation of the checkpoint that `select` names; best: by `score`, the newest on a tie."""
-    evaluations = [entry for entry in log if "eval" in entry]
-    if select == "last":
-        return evaluations[-1]
-    # The evaluation before the first step has no checkpoint.
-    return max(evaluations[1:], key=lambda entry: (entry["eval"][score], entry["step"]))

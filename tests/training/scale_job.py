@@ -16,13 +16,13 @@ import specjax as sj
 from specjax.corpus.conversation import Conversation
 from specjax.heads import init_heads
 from specjax.target import params
-from specjax.training.joint import JointConfig
-from specjax.training.joint_trainer import Fitted, fit_joint
 from specjax.training.lora import LoraConfig
 from specjax.training.mesh import HostsConfig, MeshConfig
+from specjax.training.packed_medusa import PackedMedusa, PackedMedusaConfig
+from specjax.training.run import Trained, train
 
 CONFIG = sj.ModelConfig("qwen2", 64, 32, 32, 1, 4, 4, 8, qkv_bias=True)  # K, F and V divide by four
-SETTINGS = JointConfig(
+SETTINGS = PackedMedusaConfig(
     epochs=1, batch_size=8, length=24, lora=LoraConfig(4, 8.0, 0.1), checkpoint_every=20, learning_rate=5e-3,
     lora_learning_rate=2e-3, head_weight=0.5, backbone_loss="text", remat=False,
     accumulate=2, ema=0.5, select="best",
@@ -50,17 +50,20 @@ def target() -> tuple[params.Params, sj.Heads]:
     return weights, init_heads(sj.MedusaConfig(2, 32, 64), weights)
 
 
-def run(directory: Path, mesh: MeshConfig) -> Fitted:
+def run(directory: Path, mesh: MeshConfig) -> Trained:
     """20 steps."""
     weights, heads = target()
     data = text(STEPS * 16, seed=0)
-    return fit_joint(CONFIG, weights, heads, data, text(60, seed=1), SETTINGS, directory, on=mesh.build())
+    objective = PackedMedusa(
+        model=sj.Model(weights, CONFIG, None), heads=heads, data=data, held_out=text(60, seed=1), settings=SETTINGS
+    )
+    return train(objective, directory, on=mesh.build())
 
 
-def digest(fitted: Fitted) -> str:
+def digest(fitted: Trained) -> str:
     """Of every bit of the fitted arrays."""
     sha = hashlib.sha256()
-    for leaf in jax.tree.leaves((fitted.heads.params, fitted.lora)):
+    for leaf in jax.tree.leaves((fitted.result.heads.params, fitted.result.lora)):
         sha.update(np.asarray(leaf).tobytes())
     return sha.hexdigest()
 

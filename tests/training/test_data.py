@@ -7,7 +7,8 @@ import pytest
 
 import specjax as sj
 from specjax.corpus.conversation import Conversation, conversations, cut_tokens
-from specjax.training.packing import PackedConfig, attention_mask, check_cut, labels, packed, packed_steps
+from specjax.training.packing import PackedConfig, attention_mask, labels, packed, packed_steps
+from specjax.training.preflight import check_cut
 
 
 def made(count, seed=0, width=3):

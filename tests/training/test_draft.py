@@ -13,19 +13,21 @@ import specjax as sj
 from specjax.corpus.answers import answer
 from specjax.corpus.conversation import conversations
 from specjax.loading.load import load_draft, save_draft
+from specjax.ranks.labels import frequent_tokens
 from specjax.target.model import forward, unembed
-from specjax.training import loop
+from specjax.training import run
 from specjax.training.draft import (
-    DIVERGENCES,
-    DistilConfig,
-    distil,
+    DraftConfig,
+    DraftDistillation,
+    Frozen,
     distil_loss,
     evaluate_draft,
     init_draft,
     reduced_map,
 )
+from specjax.training.losses import DIVERGENCES
 from specjax.training.packing import packed, packed_steps
-from specjax.training.trainer import frequent_tokens
+from specjax.training.run import train
 
 VOCAB = 23
 
@@ -40,6 +42,13 @@ def text():
     prompts = [rng.integers(0, VOCAB, rng.integers(1, 5)) for _ in range(96)]
     made = answer(target, prompts, acceptance=sj.Sample(), max_new_tokens=20, key=jax.random.key(0))
     return target, conversations(prompts, made.tokens, made.lengths, made.features)
+
+
+def distil(config, target, token_map, data, held_out, settings, directory):
+    objective = DraftDistillation(
+        config=config, target=target, token_map=token_map, data=data, held_out=held_out, settings=settings
+    )
+    return train(objective, directory)
 
 
 def draft_config(rows):
@@ -71,7 +80,8 @@ def test_the_loss_by_hand(text):
                 text_loss -= float(law[i - 1, rows[int(tokens[i])]]) if int(tokens[i]) in rows else 0.0
                 counted += 1
     projection = target.params.unembedding[token_map[:-1]]
-    ours = distil_loss(draft, config, projection, jnp.asarray(to_draft), batch, "forward_kl")
+    frozen = Frozen(target.params.unembedding, projection, jnp.asarray(token_map), jnp.asarray(to_draft))
+    ours = distil_loss(draft, config, frozen, batch, "forward_kl")
     np.testing.assert_allclose(ours, [kl / counted, text_loss / counted], rtol=1e-4)
 
 
@@ -104,7 +114,7 @@ def test_a_distilled_draft_is_accepted_more(text, tmp_path, divergence):
     target, data = text
     token_map = reduced_map(frequent_tokens(np.concatenate([i.answer for i in data]), 16, VOCAB))
     config = draft_config(len(token_map))
-    training = DistilConfig(
+    training = DraftConfig(
         epochs=12, batch_size=4, length=64, learning_rate=1e-2, divergence=divergence, checkpoint_every=50
     )
     draft, log = distil(config, target.params, token_map, data[16:], data[:16], training, tmp_path)
@@ -139,13 +149,13 @@ def test_every_held_out_token_counts(text):
     config = draft_config(len(token_map))
     draft = init_draft(jax.random.key(1), config, target.params, token_map)
     alone, *others = (
-        evaluate_draft(draft, config, target.params, token_map, data[:16], DistilConfig(batch_size=b, length=64))
+        evaluate_draft(draft, config, target.params, token_map, data[:16], DraftConfig(batch_size=b, length=64))
         for b in (1, 4, 64)
     )
     for found in others:
         assert found == pytest.approx(alone, rel=1e-5)
     assert alone != pytest.approx(
-        evaluate_draft(draft, config, target.params, token_map, data[:12], DistilConfig(batch_size=1, length=64)),
+        evaluate_draft(draft, config, target.params, token_map, data[:12], DraftConfig(batch_size=1, length=64)),
         rel=1e-3,
     )
 
@@ -154,7 +164,7 @@ def test_the_optimiser_is_the_one_of_the_config_and_so_is_the_run(text, tmp_path
     target, data = text
     token_map = reduced_map(np.arange(0, VOCAB, 2))
     config = draft_config(len(token_map))
-    training = DistilConfig(
+    training = DraftConfig(
         epochs=2, batch_size=2, length=64, schedule="linear", final=0.5, warmup=0.0, accumulate=2, ema=0.9,
         checkpoint_every=100, learning_rate=1e-2,
     )  # fmt: skip
@@ -185,13 +195,13 @@ def test_the_optimiser_is_the_one_of_the_config_and_so_is_the_run(text, tmp_path
 def test_a_run_gets_the_batches_of_its_epochs(text, tmp_path, monkeypatch):
     """And no more: without an end, its last rows would hold conversations of a further epoch in place of its own."""
     target, data = text
-    training = DistilConfig(epochs=2, batch_size=2, length=64)
+    training = DraftConfig(epochs=2, batch_size=2, length=64)
 
     def fit(step, state, batches, *, steps, **others):
         assert len(list(itertools.islice(batches, steps + 1))) == steps == packed_steps(data, training)
         raise InterruptedError
 
-    monkeypatch.setattr(loop, "fit", fit)
+    monkeypatch.setattr(run, "run_steps", fit)
     with pytest.raises(InterruptedError):
         distil(draft_config(9), target.params, reduced_map(np.arange(8)), data, data[:9], training, tmp_path)
 
@@ -200,18 +210,18 @@ def test_refusals(text, tmp_path):
     target, data = text
     token_map = reduced_map(np.arange(8))
     with pytest.raises(sj.ConfigError, match="vocab_size is 12, its token map has 9"):
-        distil(draft_config(12), target.params, token_map, data, data, DistilConfig(), tmp_path)
+        distil(draft_config(12), target.params, token_map, data, data, DraftConfig(), tmp_path)
     with pytest.raises(sj.ConfigError, match="divergence 'l2'"):
-        DistilConfig(divergence="l2")
+        DraftConfig(divergence="l2")
     config = dataclasses.replace(draft_config(9), hidden_size=64)
     with pytest.raises(sj.ConfigError, match="hidden_size 64 exceeds"):
         init_draft(jax.random.key(0), config, target.params, token_map)
     long = [dataclasses.replace(item, prompt=np.resize(item.prompt, 64)) for item in data]
     for pair, what in (((long, data), "training"), ((data, long), "evaluation")):
         with pytest.raises(sj.DataError, match=rf"the {what} text is cut at length 64, .* leaves no label; set its"):
-            distil(draft_config(9), target.params, token_map, *pair, DistilConfig(length=64), tmp_path)
+            distil(draft_config(9), target.params, token_map, *pair, DraftConfig(length=64), tmp_path)
     with pytest.raises(sj.DataError, match="do not fill two batches of 8 x 256"):
-        distil(draft_config(9), target.params, token_map, data[:1], data, DistilConfig(epochs=1), tmp_path)
+        distil(draft_config(9), target.params, token_map, data[:1], data, DraftConfig(epochs=1), tmp_path)
     save_draft(
         tmp_path / "d",
         init_draft(jax.random.key(0), draft_config(9), target.params, token_map),

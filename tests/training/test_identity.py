@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import specjax as sj
-from specjax.corpus.conversation import Conversation
+from specjax.corpus.conversation import Conversation, text_identity
+from specjax.fingerprint import arrays_fingerprint
 from specjax.training import identity
 
 
@@ -51,11 +52,9 @@ def test_text_is_recognised():
         Conversation(rng.integers(0, 9, 3), rng.integers(0, 9, 4), rng.normal(size=(4, 2)).astype(ml_dtypes.bfloat16))
         for _ in range(200)
     ]
-    known = identity.text_identity(data)
+    known = text_identity(data)
     assert (known["conversations"], known["tokens"]) == (200, 1400)
-    assert (
-        identity.text_identity([Conversation(*map(np.copy, (d.prompt, d.answer, d.features))) for d in data]) == known
-    )
+    assert text_identity([Conversation(*map(np.copy, (d.prompt, d.answer, d.features))) for d in data]) == known
     last = data[-1]
     changed = [
         dataclasses.replace(last, answer=(last.answer + 1) % 9),
@@ -63,14 +62,14 @@ def test_text_is_recognised():
         dataclasses.replace(last, mask=np.array([1, 1, 0, 1], bool)),
         Conversation(last.prompt[:2], np.append(last.prompt[2:], last.answer)),
     ]
-    marks = [identity.text_identity([*data[:-1], item])["fingerprint"] for item in changed]
-    marks.append(identity.text_identity(data[::-1])["fingerprint"])  # the order decides the batches
+    marks = [text_identity([*data[:-1], item])["fingerprint"] for item in changed]
+    marks.append(text_identity(data[::-1])["fingerprint"])  # the order decides the batches
     assert len({known["fingerprint"], *marks}) == 6
     features = [d.features for d in data]
     others = [[f + 1 for f in features], [f.astype(np.float32) for f in features], [f[:, :1] for f in features]]
     same = [
-        identity.text_identity([dataclasses.replace(d, features=f) for d, f in zip(data, other, strict=True)]) == known
+        text_identity([dataclasses.replace(d, features=f) for d, f in zip(data, other, strict=True)]) == known
         for other in others
     ]
     assert same == [True, False, False]
-    assert identity.arrays_fingerprint(np.zeros(2, np.int32)) != identity.arrays_fingerprint(np.zeros(1, np.int64))
+    assert arrays_fingerprint(np.zeros(2, np.int32)) != arrays_fingerprint(np.zeros(1, np.int64))

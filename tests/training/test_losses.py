@@ -9,7 +9,7 @@ import pytest
 
 import specjax as sj
 from specjax.heads import MedusaHeads, init_heads, project
-from specjax.ranks.labels import IGNORED
+from specjax.ranks.labels import IGNORED, future_labels
 from specjax.training import losses
 from specjax.training.losses import Teacher, chunked_cross_entropy, head_cross_entropy, head_weights
 
@@ -79,7 +79,7 @@ def test_what_is_not_labelled_has_exactly_no_loss_and_no_gradient(model, monkeyp
     heads, params, matrix, features, labels, teacher = problem(model, "shared")
     monkeypatch.setattr(losses, "LOGIT_BYTES", 4 * C * V * 16)
     text = np.arange(1, 7)
-    within = losses.future_labels(text, np.array([4, 2]), C)  # two conversations: no label crosses from one to the next
+    within = future_labels(text, np.array([4, 2]), C)  # two conversations: no label crosses from one to the next
     assert within[3].tolist() == [IGNORED] * C
     assert within[2].tolist() == [4, IGNORED, IGNORED]
     labels = labels.at[:6].set(within)

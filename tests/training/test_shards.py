@@ -18,7 +18,7 @@ from rich.console import Console
 import specjax as sj
 from specjax.cli.main import main
 from specjax.corpus import manifest
-from specjax.corpus.build import Distillation, distilled, prepared
+from specjax.corpus.build import Corpus, load_corpus, make_corpus
 from specjax.corpus.conversation import Conversation
 from specjax.corpus.features import check_budget, with_features
 from specjax.corpus.shards import read_shards, shard_path
@@ -45,18 +45,16 @@ def tiny(checkpoint):
     return sj.load_model(checkpoint)
 
 
-def settings(directory, file, **changes) -> Distillation:
+def settings(directory, file, **changes) -> Corpus:
     """Small shards."""
-    data = Distillation(
-        str(directory), str(file), shards=SHARDS, shard_size=SIZE, batch_size=SIZE, max_answer_tokens=LENGTH
-    )
+    data = Corpus(str(directory), str(file), shards=SHARDS, shard_size=SIZE, batch_size=SIZE, max_answer_tokens=LENGTH)
     return dataclasses.replace(data, **changes)
 
 
 @pytest.fixture(scope="module")
 def whole(tiny, prompts, tmp_path_factory):
     """What an uninterrupted run writes."""
-    return distilled(tiny, settings(tmp_path_factory.mktemp("whole"), prompts), QUIET)
+    return make_corpus(tiny, settings(tmp_path_factory.mktemp("whole"), prompts), QUIET)
 
 
 def assert_same(paths, others):
@@ -72,7 +70,7 @@ CHILD = f"""
 import os, signal, sys
 from rich.console import Console
 import specjax as sj
-from specjax.training.distillation import Distillation, distilled
+from specjax.corpus.build import Corpus, make_corpus
 directory, prompts, checkpoint, deadly = *sys.argv[1:4], int(sys.argv[4])
 calls, fsync = 0, os.fsync
 def counted(file):
@@ -83,8 +81,8 @@ def counted(file):
     fsync(file)
 os.fsync = counted
 sizes = dict(shards={SHARDS}, shard_size={SIZE}, batch_size={SIZE}, max_answer_tokens={LENGTH})
-data = Distillation(directory, prompts, **sizes)
-distilled(sj.load_model(checkpoint), data, Console(quiet=True))
+data = Corpus(directory, prompts, **sizes)
+make_corpus(sj.load_model(checkpoint), data, Console(quiet=True))
 """
 
 
@@ -103,7 +101,7 @@ def test_kills_lose_and_duplicate_nothing(tiny, prompts, checkpoint, whole, tmp_
     time.sleep(random.random() * 0.02)  # anywhere in the third or fourth shard
     child.kill()
     child.wait()
-    assert_same(distilled(tiny, settings(tmp_path, prompts), QUIET), whole)
+    assert_same(make_corpus(tiny, settings(tmp_path, prompts), QUIET), whole)
     counts = manifest.load(tmp_path)[1]
     assert counts == {"shards": SHARDS, "conversations": SHARDS * SIZE - 1, "answer_tokens": (SHARDS * SIZE - 1) * 6}
     assert not list(tmp_path.glob("*.tmp"))
@@ -111,16 +109,16 @@ def test_kills_lose_and_duplicate_nothing(tiny, prompts, checkpoint, whole, tmp_
 
 def test_a_full_disk(tiny, prompts, whole, tmp_path):
     data = settings(tmp_path, prompts)
-    distilled(tiny, dataclasses.replace(data, shards=1), QUIET)
+    make_corpus(tiny, dataclasses.replace(data, shards=1), QUIET)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (whole[1].stat().st_size - 100, hard))
     try:
         with pytest.raises(sj.DataError, match=r"cannot write .*shard_00001.*what was written before is intact.*again"):
-            distilled(tiny, data, QUIET)
+            make_corpus(tiny, data, QUIET)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["manifest.json", "shard_00000.npz"]
-    assert_same(distilled(tiny, data, QUIET), whole)
+    assert_same(make_corpus(tiny, data, QUIET), whole)
 
 
 def test_no_space_left(tmp_path):
@@ -143,17 +141,17 @@ def test_no_space_left(tmp_path):
 )
 def test_shards_of_other_settings_are_refused(tiny, whole, prompts, changes, message):
     with pytest.raises(sj.DataError, match=f"were made with {message}"):
-        distilled(tiny, settings(whole[0].parent, prompts, **changes), QUIET)
+        make_corpus(tiny, settings(whole[0].parent, prompts, **changes), QUIET)
 
 
 def test_shards_of_another_model_or_template_are_refused(tiny, whole, prompts):
     data = settings(whole[0].parent, prompts)
     other = dataclasses.replace(tiny, params=tiny_model(5, vocab=256).params)
     with pytest.raises(sj.DataError, match=r"made with model \w{16} \(now \w{16}\)\. Name another directory"):
-        distilled(other, data, QUIET)
+        make_corpus(other, data, QUIET)
     tokenizer = Tokenizer(tiny.tokenizer.backend, chat_template=tiny.tokenizer.chat_template + " ")
     with pytest.raises(sj.DataError, match="made with template"):
-        distilled(dataclasses.replace(tiny, tokenizer=tokenizer), data, QUIET)
+        make_corpus(dataclasses.replace(tiny, tokenizer=tokenizer), data, QUIET)
 
 
 def test_directories_that_cannot_be_read(tiny, prompts, whole, tmp_path):
@@ -163,37 +161,37 @@ def test_directories_that_cannot_be_read(tiny, prompts, whole, tmp_path):
     shard = shard_path(tmp_path, 0)
     shard.write_bytes(whole[0].read_bytes())
     with pytest.raises(sj.DataError, match=r"holds 1 shards and no manifest\.json"):
-        distilled(tiny, data, QUIET)
+        make_corpus(tiny, data, QUIET)
     (tmp_path / "manifest.json").write_bytes((whole[0].parent / "manifest.json").read_bytes())
     shard.write_bytes(whole[0].read_bytes()[:-300])
     with pytest.raises(sj.DataError, match=r"shard_00000\.npz cannot be read .*delete the file"):
-        distilled(tiny, data, QUIET)
+        make_corpus(tiny, data, QUIET)
     with np.load(whole[0]) as file:
         np.savez(shard, **{**file, "lengths": file["lengths"] + 1})
     with pytest.raises(sj.DataError, match="which disagree; delete the file"):
         read_shards([shard])
     (tmp_path / "manifest.json").write_text('{"format": "specjax.conversations", "version": 9, "counts": {}}')
     with pytest.raises(sj.DataError, match=r"version .*9.*Make the data again"):
-        distilled(tiny, data, QUIET)
+        make_corpus(tiny, data, QUIET)
     (tmp_path / "file").touch()
     with pytest.raises(sj.DataError, match="cannot make the directory"):
-        distilled(tiny, settings(tmp_path / "file", prompts), QUIET)
+        make_corpus(tiny, settings(tmp_path / "file", prompts), QUIET)
 
 
 def test_the_feature_budget(tiny, prompts, whole, tmp_path):
     with pytest.raises(sj.DataError, match=r"up to 120 tokens .* take 0.00 GB, the budget is 1e-06 GB.*fly"):
-        distilled(tiny, settings(tmp_path, prompts, feature_budget_gb=1e-6), QUIET)
+        make_corpus(tiny, settings(tmp_path, prompts, feature_budget_gb=1e-6), QUIET)
     assert not list(tmp_path.iterdir())
     bare = settings(tmp_path, prompts, feature_budget_gb=1e-6, features=False)  # computed afterwards, if at all
     with pytest.raises(sj.DataError, match=r"up to 120 tokens .* take 0.00 GB, the budget is 1e-06 GB"):
-        prepared(tiny, bare, QUIET)
+        load_corpus(tiny, bare, QUIET)
     assert not list(tmp_path.iterdir())
     exact = (SHARDS * SIZE - 1) * LENGTH * 16 * 2 / 1e9  # all shards are there: what they hold counts
-    distilled(tiny, settings(whole[0].parent, prompts, feature_budget_gb=exact), QUIET)
+    make_corpus(tiny, settings(whole[0].parent, prompts, feature_budget_gb=exact), QUIET)
     one = SIZE * LENGTH * 16 * 2 / 1e9  # of five shards that are there, only those that are asked for
-    assert distilled(tiny, settings(whole[0].parent, prompts, shards=1, feature_budget_gb=one), QUIET) == whole[:1]
+    assert make_corpus(tiny, settings(whole[0].parent, prompts, shards=1, feature_budget_gb=one), QUIET) == whole[:1]
     with pytest.raises(sj.DataError, match="up to 24 tokens"):
-        distilled(tiny, settings(whole[0].parent, prompts, shards=1, feature_budget_gb=one * 0.99), QUIET)
+        make_corpus(tiny, settings(whole[0].parent, prompts, shards=1, feature_budget_gb=one * 0.99), QUIET)
     check_budget(1000, tiny.config, 1000 * 16 * 2 / 1e9)
 
 
@@ -201,11 +199,11 @@ def test_a_template_that_writes_the_date_writes_the_one_in_the_manifest(tiny, pr
     template = "{{ strftime_now('%Y-%m-%d') }}" + tiny.tokenizer.chat_template
     model = dataclasses.replace(tiny, tokenizer=Tokenizer(tiny.tokenizer.backend, chat_template=template))
     data = settings(tmp_path, prompts, shards=1, date="2025-02-03")
-    (item, *_) = read_shards(distilled(model, data, QUIET))
+    (item, *_) = read_shards(make_corpus(model, data, QUIET))
     assert model.tokenizer.decode(item.prompt).startswith("2025-02-03<user>")
     assert manifest.load(tmp_path)[0].prompts["date"] == "2025-02-03"
     with pytest.raises(sj.DataError, match="2025-02-03"):
-        distilled(model, dataclasses.replace(data, date="2025-02-04"), QUIET)
+        make_corpus(model, dataclasses.replace(data, date="2025-02-04"), QUIET)
 
 
 def test_a_prompt_that_cannot_be_answered_stops_the_run_before_it_begins(tiny, tmp_path):
@@ -214,36 +212,36 @@ def test_a_prompt_that_cannot_be_answered_stops_the_run_before_it_begins(tiny, t
     file.write_text("\n".join(json.dumps({"question_id": 1, "category": "c", "turns": [text]}) for text in texts))
     data = settings(tmp_path / "d", file, shard_size=1)
     with pytest.raises(sj.DataError, match=r"prompt 2 of .*p\.jsonl \('long long .*takes 1 to 2042\. Shorten it"):
-        distilled(tiny, data, QUIET)
+        make_corpus(tiny, data, QUIET)
     assert not (tmp_path / "d").exists()
 
 
 def test_prompts_beyond_the_shards_are_counted(tiny, prompts, tmp_path, capsys):
-    distilled(tiny, settings(tmp_path, prompts, shards=1), Console(width=200))
+    make_corpus(tiny, settings(tmp_path, prompts, shards=1), Console(width=200))
     assert "has 19 different prompts, 1 shards take the first 4: set shards to 5" in capsys.readouterr().out
 
 
 def test_bad_settings(tiny, tmp_path):
     with pytest.raises(sj.ConfigError, match=r"date is 'today'; expected a day as in 2026-01-31"):
-        Distillation(date="today")
+        Corpus(date="today")
     with pytest.raises(sj.ConfigError, match=r"chats is 'c.jsonl', which is trained on as it is; prompts 'seeds'"):
-        Distillation(chats="c.jsonl", prompts="seeds")
+        Corpus(chats="c.jsonl", prompts="seeds")
     with pytest.raises(sj.ConfigError, match="evaluation_share < 1"):
-        Distillation(evaluation_share=0.0)
+        Corpus(evaluation_share=0.0)
     with pytest.raises(sj.ConfigError, match=r"top_k is 5, top_p 1.0 at temperature 0"):
-        Distillation(top_k=5)
+        Corpus(top_k=5)
     with pytest.raises(sj.ConfigError, match="top_p is 2"):
-        Distillation(temperature=1.0, top_p=2)
+        Corpus(temperature=1.0, top_p=2)
     with pytest.raises(sj.DataError, match="prompts is 'seed'; expected a JSONL file"):
-        distilled(tiny, Distillation(str(tmp_path), "seed"), QUIET)
+        make_corpus(tiny, Corpus(str(tmp_path), "seed"), QUIET)
 
 
 def test_run_makes_text_of_either_source(checkpoint, tmp_path, capsys):
     """Random weights end no user turn, so that seed prompts stand in; without them it is an error."""
     file, out = tmp_path / "make.py", tmp_path / "out"
     file.write_text(
-        "from specjax.training.distillation import Distillation, MakeText\n"
-        f"def get_config(): return MakeText('made', {str(checkpoint)!r}, Distillation({str(tmp_path / 'd')!r}, "
+        "from specjax.corpus.build import Corpus\nfrom specjax.studies.make_text import MakeText\n"
+        f"def get_config(): return MakeText('made', {str(checkpoint)!r}, Corpus({str(tmp_path / 'd')!r}, "
         "shards=2, shard_size=4, batch_size=4, max_answer_tokens=4, temperature=0.5, prompt_seed=18))\n"
     )
     assert main(["run", str(file), "--output-dir", str(out), "--data.evaluation-share", "0.4"]) == 0
@@ -305,7 +303,7 @@ def test_a_later_turn_leaks_neither():
 
 
 def test_chats_get_features_from_one_pass(tiny, tmp_path):
-    """Chunks, batches and padding do not show: prepared text equals a forward pass over each conversation alone."""
+    """Chunks, batches and padding do not show: loaded text equals a forward pass over each conversation alone."""
     chats = [
         {"messages": [{"role": role, "content": f"{role} {i} " * (1 + 12 * (i == 3))} for role in roles]}
         for i in range(8)
@@ -316,7 +314,7 @@ def test_chats_get_features_from_one_pass(tiny, tmp_path):
         tiny.tokenizer.backend, chat_template=tiny.tokenizer.chat_template.replace("<a>", "<assistant>")
     )
     model = dataclasses.replace(tiny, tokenizer=tokenizer)
-    training, evaluation = prepared(model, Distillation(chats=str(tmp_path / "c.jsonl"), evaluation_share=0.4), QUIET)
+    training, evaluation = load_corpus(model, Corpus(chats=str(tmp_path / "c.jsonl"), evaluation_share=0.4), QUIET)
     assert len(training) + len(evaluation) == 8
     item = max(training + evaluation, key=len)
     assert len(item) > 512

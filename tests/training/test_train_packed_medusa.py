@@ -30,42 +30,43 @@ from specjax.drafters.registry import build_drafter
 from specjax.fingerprint import fingerprint
 from specjax.heads import init_heads
 from specjax.loading.head_files import heads_metadata
-from specjax.studies import train_joint as fit_joint
-from specjax.training import loop
 from specjax.training.mesh import MeshConfig
-from specjax.training.quality import selected
+from specjax.training.run import selected
+from specjax.training.steps import LOG
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENT = """
-from specjax.training.distillation import Distillation
-from specjax.training.fit_joint import FitJoint
-from specjax.training.joint import JointConfig
+from specjax.corpus.build import Corpus
+from specjax.studies.train_packed_medusa import TrainPackedMedusa
+from specjax.training.packed_medusa import PackedMedusaConfig
 from specjax.training.lora import LoraConfig
 
 def get_config():
-    data = Distillation(
+    data = Corpus(
         {text!r}, {prompts!r}, shards=2, shard_size=40, batch_size=40, max_answer_tokens=24, temperature=0.3,
         evaluation_share=0.2, features=False,
     )
-    training = JointConfig(
+    training = PackedMedusaConfig(
         epochs=16, batch_size=4, length=80, lora=LoraConfig(4, 8.0, 0.05), learning_rate=2e-2, lora_learning_rate=2e-3,
         head_weight=0.2, checkpoint_every=30, select="best",
     )
-    return FitJoint("tiny_medusa2", {model!r}, num_heads=2, reduced_vocab_size=128, data=data, training=training)
+    return TrainPackedMedusa(
+        name="tiny_medusa2", model={model!r}, num_heads=2, reduced_vocab_size=128, data=data, training=training
+    )
 """
 
 
 SLOW = """
 import runpy, time
-from specjax.training import fit_joint
+from specjax.studies import train_packed_medusa
 
-prepared = fit_joint.prepared
+load_corpus = train_packed_medusa.load_corpus
 
 def slowly(*args, make=True, **options):
     time.sleep(33 * make)
-    return prepared(*args, make=make, **options)
+    return load_corpus(*args, make=make, **options)
 
-fit_joint.prepared = slowly
+train_packed_medusa.load_corpus = slowly
 get_config = runpy.run_path({!r})["get_config"]
 """
 
@@ -97,7 +98,7 @@ def alone(experiment, tmp_path_factory):
 
 def log_of(directory):
     """The records of a run."""
-    return [json.loads(line) for line in (directory / loop.LOG).read_text().splitlines()]
+    return [json.loads(line) for line in (directory / LOG).read_text().splitlines()]
 
 
 def losses(log):
@@ -161,7 +162,7 @@ def test_the_result_is_complete(alone):
 def test_kills_change_nothing(experiment, alone, tmp_path):
     """SIGKILL at two random steps, each resumed: every loss and the weights are the uninterrupted run's, exactly."""
     out, (whole, result) = tmp_path / "out", alone
-    run, log = ["run", str(experiment), "--output-dir", str(out)], out / loop.LOG
+    run, log = ["run", str(experiment), "--output-dir", str(out)], out / LOG
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
     for step in sorted(random.Random(0).sample(range(5, 120), 2)):
         process = subprocess.Popen(
@@ -230,7 +231,7 @@ def test_going_on_from_heads(target, experiment, alone, tmp_path, capsys, monkey
     # What the heads' file says of that is read when they are: it may change while they are trained.
     begun = tmp_path / "begun.safetensors"
     changed_meanwhile = functools.partial(shutil.copy, whole / "heads.safetensors", begun)
-    monkeypatch.setattr(fit_joint, "fit_joint", followed_by(fit_joint.fit_joint, changed_meanwhile))
+    monkeypatch.setattr(training_study, "train", followed_by(training_study.train, changed_meanwhile))
     last = ["run", str(tmp_path / "one.py"), *other, "--start-from", str(begun)]
     stages = {"three": str(tmp_path / "two" / "backbone"), "four": str(target)}
     for (name, on), owner, said in zip(stages.items(), (named[1], None), (False, True), strict=True):
@@ -359,7 +360,7 @@ def test_hosts_need_one_directory_and_a_run_its_settings(experiment, alone, tmp_
     out, _ = alone
     copy = tmp_path / "out"
     copy.mkdir()
-    for name in ("checkpoints", "settings.json", loop.LOG):
+    for name in ("checkpoints", "settings.json", LOG):
         (copy / name).symlink_to(out / name)
     assert main(["run", str(experiment), "--output-dir", str(copy), "--training.head-weight", "0.5"]) == 2
     assert "begun with training.head_weight 0.2 (now 0.5): go back" in capsys.readouterr().err.replace("\n", " ")

@@ -11,28 +11,28 @@ from rich.console import Console
 
 import specjax as sj
 from specjax.cli.main import main
-from specjax.corpus.build import Distillation
+from specjax.corpus.build import Corpus
 from specjax.errors import ConfigError
 from specjax.loading import checkpoint
 from specjax.studies.train_draft import EvaluateDraft
-from specjax.training import loop
-from specjax.training.quality import selected
+from specjax.training.run import selected
+from specjax.training.steps import LOG
 
 EXPERIMENT = """
-from specjax.training.distillation import Distillation
-from specjax.training.draft import DistilConfig
-from specjax.training.fit_draft import FitDraft
+from specjax.corpus.build import Corpus
+from specjax.studies.train_draft import TrainDraft
+from specjax.training.draft import DraftConfig
 
 def get_config():
-    data = Distillation(
+    data = Corpus(
         {text!r}, {prompts!r}, shards=2, shard_size=40, batch_size=40, max_answer_tokens=24, temperature=1.0,
         evaluation_share=0.2,
     )
-    training = DistilConfig(
+    training = DraftConfig(
         epochs=30, batch_size=4, length=80, learning_rate=3e-2, schedule="constant", checkpoint_every=20, keep=1,
         select="best",
     )
-    return FitDraft(
+    return TrainDraft(
         "tiny_draft", {model!r}, reduced_vocab_size=128, hidden_size=16, intermediate_size=32, num_layers=1,
         num_heads=2, num_kv_heads=1, data=data, training=training,
     )
@@ -79,7 +79,7 @@ def test_the_draft_is_accepted_more_than_at_first(distilled):
 
 def test_the_best_checkpoint_is_the_one_that_is_written(distilled):
     _, command, out, result = distilled
-    log = [json.loads(line) for line in (out / loop.LOG).read_text().splitlines()]
+    log = [json.loads(line) for line in (out / LOG).read_text().splitlines()]
     chosen = selected(log, "best", "acceptance")
     assert (chosen["step"], chosen["eval"]) == (result["step"], result["record"])
     assert chosen["eval"]["acceptance"] == max(entry["eval"]["acceptance"] for entry in log if "eval" in entry)
@@ -135,7 +135,7 @@ def test_a_draft_is_evaluated_on_new_answers(distilled, tmp_path):
     target, _, out, result = distilled
     lines = [{"question_id": i, "category": "c", "turns": [f"say {i}"]} for i in range(80, 100)]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    data = Distillation(
+    data = Corpus(
         str(tmp_path / "text"), str(tmp_path / "p.jsonl"), shards=1, shard_size=20, batch_size=20, max_answer_tokens=24,
         temperature=1.0, answer_seed=1, evaluation_share=0.2,
     )  # fmt: skip

@@ -15,22 +15,22 @@ from specjax.corpus.answers import Answers
 from specjax.corpus.conversation import Conversation
 from specjax.corpus.split import turns
 from specjax.heads import draft_projection, init_heads
-from specjax.ranks.labels import IGNORED
-from specjax.studies.train_joint import export
+from specjax.ranks.labels import IGNORED, frequent_tokens
 from specjax.target.model import forward, unembed
-from specjax.training import loop, losses
-from specjax.training.joint import JointConfig, backbone_sum, future_tokens, joint_loss, reduced_rows, split_labels
-from specjax.training.joint_evaluation import joint_record, judged, quality
-from specjax.training.joint_trainer import fit_joint
+from specjax.training import losses, run
+from specjax.training.cached_medusa import CachedMedusa, CachedMedusaConfig, dataset
 from specjax.training.lora import LoraConfig, adapters, init_lora, merge
 from specjax.training.losses import chunked_cross_entropy
 from specjax.training.mesh import MeshConfig
+from specjax.training.objective import Moment
+from specjax.training.packed_losses import backbone_sum, future_tokens, reduced_rows, split_labels
+from specjax.training.packed_medusa import Frozen, PackedMedusa, PackedMedusaConfig, packed_quality, packed_record
 from specjax.training.packing import packed, packed_steps
-from specjax.training.quality import record, selected
-from specjax.training.trainer import dataset, evaluate, frequent_tokens
+from specjax.training.quality import record
+from specjax.training.run import selected, train
 
-MEDUSA1 = JointConfig(batch_size=4, length=24)
-MEDUSA2 = JointConfig(
+MEDUSA1 = PackedMedusaConfig(batch_size=4, length=24)
+MEDUSA2 = PackedMedusaConfig(
     epochs=3, batch_size=4, length=24, lora=LoraConfig(4, 8.0, 0.1), learning_rate=1e-2, lora_learning_rate=2e-3,
     head_weight=0.3, checkpoint_every=60,
 )  # fmt: skip
@@ -59,9 +59,10 @@ def loss_and_grad(config, settings):
     """Jitted: (trained, heads, frozen, projection, batch, key) -> ((loss, parts), gradients)."""
 
     def loss(trained, heads, frozen, projection, batch, key):
-        return joint_loss(
-            trained, heads, frozen, projection, config, batch, settings, done=jnp.float32(1.0), key=key, shards=2
+        objective = PackedMedusa(
+            model=sj.Model(frozen, config, None), heads=heads, data=(), held_out=(), settings=settings
         )
+        return objective.loss(trained, Frozen(frozen, projection), batch, Moment(key, jnp.float32(1.0), 2))
 
     return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
@@ -200,24 +201,22 @@ def test_an_evaluation_is_that_of_the_cached_trainer(model, reduced, monkeypatch
             parts.append((tokens, features[first - 1 : first - 1 + len(tokens)]))
     parts = [(t, np.asarray(f)) for t, f in parts]
     tokens, features = (np.concatenate(x) for x in zip(*parts, strict=True))
-    whole = evaluate(
-        heads, model.params, dataset(Answers(tokens, features, np.array([len(t) for t, _ in parts])), heads)
-    )
+    cached = dataset(Answers(tokens, features, np.array([len(t) for t, _ in parts])), heads)
+    alone = CachedMedusa(heads=heads, target=model.params, data=cached, held_out=cached, settings=CachedMedusaConfig())
+    constants = alone.constants(MeshConfig(1, 1).build())
+    whole = alone.quality([alone.judge(params, constants, part) for part in alone.held_out_batches()])
     tree = sj.Tree.cartesian((3, 2, 2))
     expected = record(whole, tree)
 
     monkeypatch.setattr(losses, "LOGIT_BYTES", 4 * 3 * heads.config.output_size * 14)
     projection = draft_projection(heads, model.params.unembedding)
-    batches = list(packed(data, length=24, batch_size=8, seed=0, epochs=1, whole=True))
-    found = jax.device_get(
-        [
-            judged({"heads": params}, heads, model.params, projection, model.config, b, MEDUSA1, shards=2)
-            for b in batches
-        ]
-    )
-    ours = joint_record(batches, found, tree)
+    settings = dataclasses.replace(MEDUSA1, batch_size=8)
+    packed_too = PackedMedusa(model=model, heads=heads, data=(), held_out=data, settings=settings, tree=tree)
+    batches, frozen = list(packed_too.held_out_batches()), Frozen(model.params, projection)
+    found = jax.device_get([packed_too.judge({"heads": params}, frozen, b, shards=2) for b in batches])
+    ours = packed_too.record(found)
     assert "backbone" not in ours
-    assert sum(quality(batches, found).ranks.lengths) == len(tokens)
+    assert sum(packed_quality(batches, found).ranks.lengths) == len(tokens)
     np.testing.assert_allclose(ours.pop("losses"), expected.pop("losses"), atol=2e-5)  # rounded to five places
     assert ours == expected
     assert expected["tokens_per_round"] > 1
@@ -232,26 +231,20 @@ def test_medusa2_fits_backbone_and_heads(tmp_path):
         MEDUSA2, backbone_loss="text", remat=False, epochs=8, checkpoint_every=500, lora=LoraConfig(8, 16.0, 0.05),
         learning_rate=2e-2, lora_learning_rate=1e-2,
     )  # fmt: skip
-    fitted = fit_joint(
-        model.config,
-        model.params,
-        heads,
-        language(480, 0),
-        language(40, 1),
-        settings,
-        tmp_path,
-        on=MeshConfig(1, 1).build(),
+    objective = PackedMedusa(
+        model=model, heads=heads, data=language(480, 0), held_out=language(40, 1), settings=settings
     )
-    first, last = fitted.log[0]["eval"], fitted.log[-1]["eval"]
+    fitted, log = train(objective, tmp_path)
+    first, last = log[0]["eval"], log[-1]["eval"]
     assert last["backbone"] < 0.6 * first["backbone"]
     assert min(last["accuracy"]["top1"]) > max(first["accuracy"]["top1"]) + 0.3
-    records = [record for record in fitted.log if "loss" in record]
+    records = [record for record in log if "loss" in record]
     assert np.mean([r["loss"] for r in records[-10:]]) < np.mean([r["loss"] for r in records[:10]])  # with the ramp
     full = [r["backbone"] + 0.3 * np.array([1, 0.8]) @ r["losses"] for r in records]  # with the heads' last weight
     assert np.mean(full[-10:]) < 0.7 * np.mean(full[:10])
     jax.tree.map(np.testing.assert_array_equal, model.params, before)
 
-    export(tmp_path / "out", model, fitted, {"target": "tiny"})
+    objective.export(tmp_path / "out", fitted, {"target": "tiny"})
     loaded = sj.load_model(tmp_path / "out" / "backbone", dtype=jnp.bfloat16)
     merged = merge(model.params, fitted.lora)
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y.astype(x.dtype)), loaded.params, merged)
@@ -284,25 +277,29 @@ def test_the_best_checkpoint_of_averaged_accumulated_steps(model, tmp_path):
     data, held_out, on = language(90, 0), language(9, 1), MeshConfig(1, 1).build()
     tree = sj.Tree.chain(2)
 
-    def fit(settings=settings, data=data, held_out=held_out, weights=model.params):
-        return fit_joint(model.config, weights, heads, data, held_out, settings, tmp_path, on=on, tree=tree)
+    def objective(settings=settings, data=data, held_out=held_out, weights=model.params):
+        target = dataclasses.replace(model, params=weights)
+        return PackedMedusa(model=target, heads=heads, data=data, held_out=held_out, settings=settings, tree=tree)
 
-    fitted = fit()
-    steps = [r for r in fitted.log if "loss" in r]
+    def fit(*args, **changes):
+        return train(objective(*args, **changes), tmp_path, on=on)
+
+    fitted, log = fit()
+    steps = [r for r in log if "loss" in r]
     assert len(steps) == packed_steps(data, settings) == 22
     rates = [r["learning_rate"] for r in steps]
     assert rates[2] == rates[3] == 0.5  # one of eleven updates to warm up, two steps each
     assert rates[-1] == pytest.approx(0.5 * (0.5 + 0.5 / 10))
-    chosen = selected(fitted.log, "best")
-    scores = {r["step"]: r["eval"]["tokens_per_round"] for r in fitted.log if "eval" in r}
+    chosen = selected(log, "best")
+    scores = {r["step"]: r["eval"]["tokens_per_round"] for r in log if "eval" in r}
     assert scores[chosen["step"]] == max(v for step, v in scores.items() if step)
     batches = list(packed(held_out, length=24, batch_size=4, seed=0, epochs=1, whole=True))
     assert sum(batch["answer"].sum() for batch in batches) == sum(len(item.answer) for item in held_out)
     trained = {"heads": fitted.heads.params, "lora": fitted.lora}
     projection = draft_projection(heads, model.params.unembedding)
-    judge = jax.jit(functools.partial(judged, config=model.config, settings=settings))
-    found = jax.device_get([judge(trained, heads, model.params, projection, batch=batch) for batch in batches])
-    again, evaluation = joint_record(batches, found, tree), chosen["eval"]
+    judge = jax.jit(objective().judge)
+    found = jax.device_get([judge(trained, Frozen(model.params, projection), batch) for batch in batches])
+    again, evaluation = packed_record(batches, found, tree), chosen["eval"]
     assert again["tokens_per_round"] == evaluation["tokens_per_round"]
     assert again["hits"] == evaluation["hits"]
     assert again["backbone"] == pytest.approx(evaluation["backbone"], rel=1e-5)
@@ -321,7 +318,7 @@ def test_the_best_checkpoint_of_averaged_accumulated_steps(model, tmp_path):
         with pytest.raises(sj.CheckpointError, match=f"was begun with .*{message}.*name another --output-dir"):
             fit(**changes)
     last = fit(dataclasses.replace(settings, select="last", keep=3, checkpoint_every=9))  # those are free
-    assert last.log == fitted.log
+    assert last.log == log
 
 
 def test_a_run_without_a_label_is_refused_before_its_first_step(model, tmp_path):
@@ -331,7 +328,8 @@ def test_a_run_without_a_label_is_refused_before_its_first_step(model, tmp_path)
     narrow = sj.Heads({}, jnp.array([60]), sj.MedusaConfig(2, 16, 61, reduced_vocab_size=1))
 
     def fit(data, held_out, heads=heads, settings=MEDUSA1):
-        return fit_joint(model.config, model.params, heads, data, held_out, settings, tmp_path / "run", on=on)
+        objective = PackedMedusa(model=model, heads=heads, data=data, held_out=held_out, settings=settings)
+        return train(objective, tmp_path / "run", on=on)
 
     for data, held_out, what in ((long, language(9, 1), "training"), (language(60, 0), long, "evaluation")):
         answers = sum(len(item.answer) for item in long)
@@ -356,23 +354,32 @@ def test_a_run_gets_the_batches_of_its_epochs(model, tmp_path, monkeypatch):
         assert len(list(itertools.islice(batches, steps + 1))) == steps == 22
         raise InterruptedError
 
-    monkeypatch.setattr(loop, "fit", fit)
+    monkeypatch.setattr(run, "run_steps", fit)
     on = MeshConfig(1, 1).build()
     with pytest.raises(InterruptedError):
-        fit_joint(
-            model.config, model.params, noisy_heads(model, 2), language(90, 0), language(9, 1), MEDUSA1, tmp_path, on=on
+        train(
+            PackedMedusa(
+                model=model,
+                heads=noisy_heads(model, 2),
+                data=language(90, 0),
+                held_out=language(9, 1),
+                settings=MEDUSA1,
+            ),
+            tmp_path,
+            on=on,
         )
 
 
 def test_refusals(model, tmp_path):
     for bad in ({"batch_size": 0}, {"head_weight": 0.0}, {"backbone_loss": "l2"}, {"select": "x"}, {"final": 2.0}):
         with pytest.raises(sj.ConfigError, match="expected"):
-            JointConfig(**bad)
+            PackedMedusaConfig(**bad)
     heads = noisy_heads(model, 2)
     on = MeshConfig(1, 1).build()
 
     def fit(heads, data):
-        fit_joint(model.config, model.params, heads, data, language(9, 1), MEDUSA1, tmp_path, on=on)
+        objective = PackedMedusa(model=model, heads=heads, data=data, held_out=language(9, 1), settings=MEDUSA1)
+        train(objective, tmp_path, on=on)
 
     with pytest.raises(sj.DataError, match="do not fill two batches of 4 x 24"):
         fit(heads, language(2, 0))

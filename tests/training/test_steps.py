@@ -1,4 +1,4 @@
-"""The training loop: killed and resumed runs equal uninterrupted ones, bit for bit; bad losses and data are refused."""
+"""Steps: killed and resumed runs equal uninterrupted ones, bit for bit; bad losses and data are refused."""
 
 import contextlib
 import json
@@ -20,17 +20,19 @@ import safetensors.numpy
 
 import specjax as sj
 from specjax.loading import checkpoint
-from specjax.training import identity, loop
+from specjax.training import identity
+from specjax.training.steps import LOG, Placement, best_state, run_steps
 
 TRAIN = """
 import sys
 from pathlib import Path
 import jax, numpy as np
 import specjax as sj
-from specjax import params
+from specjax.target import params
 from specjax.heads import init_heads
-from specjax.training.distill import Answers
-from specjax.training.trainer import TrainConfig, dataset, train
+from specjax.corpus.answers import Answers
+from specjax.training.cached_medusa import CachedMedusa, CachedMedusaConfig, dataset
+from specjax.training.run import train
 
 config = sj.ModelConfig("llama", 23, 32, 24, 1, 4, 2, 8)
 weights = params.init(jax.random.key(0), config)
@@ -38,16 +40,17 @@ rng = np.random.default_rng(0)
 text = Answers(rng.integers(0, 23, 3200), rng.normal(size=(3200, 32)).astype(np.float32), np.full(100, 32))
 heads = init_heads(sj.MedusaConfig(2, 32, 23, projection="shared"), weights)
 data = dataset(text, heads)
-settings = TrainConfig(epochs=16, batch_size=64, checkpoint_every=10, accumulate=3, ema=0.9)
+settings = CachedMedusaConfig(epochs=16, batch_size=64, checkpoint_every=10, accumulate=3, ema=0.9)
 out = Path(sys.argv[1])
-heads, _ = train(heads, weights, data, data, settings, out, report=lambda record: print(record["step"], flush=True))
+objective = CachedMedusa(heads=heads, target=weights, data=data, held_out=data, settings=settings)
+heads, _ = train(objective, out, report=lambda record: print(record["step"], flush=True))
 sj.save_heads(out / "heads.safetensors", heads)
 """
 
 
 def losses(directory):
     """The logged loss of every step."""
-    records = map(json.loads, (directory / loop.LOG).read_text().splitlines())
+    records = map(json.loads, (directory / LOG).read_text().splitlines())
     return {r["step"]: r["loss"] for r in records if "loss" in r}
 
 
@@ -90,7 +93,7 @@ import sys
 from pathlib import Path
 import grain, jax, jax.numpy as jnp, numpy as np
 from specjax.errors import CheckpointError
-from specjax.training import loop
+from specjax.training.steps import run_steps
 from specjax.training.mesh import HostsConfig
 
 root, coordinator, process = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
@@ -99,7 +102,7 @@ numbers = grain.MapDataset.range(9).map(lambda i: {"x": np.float32(i)}).to_iter_
 
 def run(directory, settings):
     try:
-        loop.fit(
+        run_steps(
             lambda state, batch: (state, {"loss": batch["x"]}), {"sum": jnp.zeros(())}, numbers,
             steps=6, directory=directory, checkpoint_every=3, settings=settings,
         )
@@ -113,7 +116,7 @@ run(root / ("begun" if process else "new"), {"text": 0})
 
 def test_hosts_with_other_text_or_checkpoints_are_refused(tmp_path):
     """By all of them, before the first step."""
-    loop.fit(add, START, counting(), steps=3, directory=tmp_path / "begun", checkpoint_every=3, settings={"text": 0})
+    run_steps(add, START, counting(), steps=3, directory=tmp_path / "begun", checkpoint_every=3, settings={"text": 0})
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{free.getsockname()[1]}"
@@ -204,17 +207,17 @@ START = {"sum": jnp.zeros(())}
 
 def test_the_log_and_the_final_state(tmp_path):
     seen = []
-    state, log = loop.fit(
+    state, log = run_steps(
         add, START, counting(), steps=25, directory=tmp_path, checkpoint_every=10,
         evaluate=lambda state: {"sum": float(state["sum"])}, report=seen.append,
     )  # fmt: skip
     assert float(state["sum"]) == sum(range(25))
     assert [r["loss"] for r in log if "loss" in r] == list(range(25))
     assert [(r["step"], r["eval"]["sum"]) for r in seen] == [(0, 0), (10, 45), (20, 190), (25, 300)]
-    assert [json.loads(line) for line in (tmp_path / loop.LOG).read_text().splitlines()] == log
+    assert [json.loads(line) for line in (tmp_path / LOG).read_text().splitlines()] == log
     assert checkpoint.latest(tmp_path / "checkpoints") == 25
     assert float(START["sum"]) == 0
-    further, longer = loop.fit(add, START, counting(), steps=30, directory=tmp_path, checkpoint_every=10)
+    further, longer = run_steps(add, START, counting(), steps=30, directory=tmp_path, checkpoint_every=10)
     assert float(further["sum"]) == sum(range(30))
     assert len([r for r in longer if "loss" in r]) == 30
 
@@ -223,11 +226,11 @@ def test_a_bad_loss_keeps_the_last_good_checkpoint(tmp_path):
     bad = counting().map(lambda row: {"x": np.float32(np.nan) if row["x"] == 14 else row["x"]})
     saved = r"loss of step 15 is nan; the last state that was saved is step 10's, in .*checkpoints\. .*another --output"
     with pytest.raises(sj.DataError, match=saved):
-        loop.fit(add, START, bad, steps=30, directory=tmp_path, checkpoint_every=10)
+        run_steps(add, START, bad, steps=30, directory=tmp_path, checkpoint_every=10)
     assert checkpoint.latest(tmp_path / "checkpoints") == 10
     with pytest.raises(sj.DataError, match=saved):  # found there by a run that goes on
-        loop.fit(add, START, bad, steps=30, directory=tmp_path, checkpoint_every=10)
-    state, _ = loop.fit(add, START, counting(), steps=20, directory=tmp_path, checkpoint_every=10)
+        run_steps(add, START, bad, steps=30, directory=tmp_path, checkpoint_every=10)
+    state, _ = run_steps(add, START, counting(), steps=20, directory=tmp_path, checkpoint_every=10)
     assert float(state["sum"]) == sum(range(20))
 
 
@@ -235,30 +238,32 @@ def test_a_bad_loss_before_the_first_checkpoint(tmp_path):
     """There is no state to point to, and with nothing kept other settings may take the same directory."""
     bad = counting().map(lambda row: {"x": np.float32(np.nan) if row["x"] == 4 else row["x"]})
     with pytest.raises(sj.DataError, match=r"loss of step 5 is nan; nothing had been saved.*begin again") as refused:
-        loop.fit(add, START, bad, steps=30, directory=tmp_path, checkpoint_every=10, settings={"rate": 0.2})
+        run_steps(add, START, bad, steps=30, directory=tmp_path, checkpoint_every=10, settings={"rate": 0.2})
     assert "checkpoints" not in str(refused.value)
-    again = loop.fit(add, START, counting(), steps=5, directory=tmp_path, checkpoint_every=5, settings={"rate": 0.1})
+    again = run_steps(add, START, counting(), steps=5, directory=tmp_path, checkpoint_every=5, settings={"rate": 0.1})
     assert float(again.state["sum"]) == sum(range(5))
 
 
 def test_refusals(tmp_path):
     with pytest.raises(sj.DataError, match="ended after 7 of 9"):
-        loop.fit(add, START, counting(7), steps=9, directory=tmp_path / "a", checkpoint_every=3)
-    loop.fit(add, START, counting(), steps=9, directory=tmp_path / "b", checkpoint_every=3)
+        run_steps(add, START, counting(7), steps=9, directory=tmp_path / "a", checkpoint_every=3)
+    run_steps(add, START, counting(), steps=9, directory=tmp_path / "b", checkpoint_every=3)
     with pytest.raises(sj.CheckpointError, match="at step 9, past the 5"):
-        loop.fit(add, START, counting(), steps=5, directory=tmp_path / "b", checkpoint_every=3)
+        run_steps(add, START, counting(), steps=5, directory=tmp_path / "b", checkpoint_every=3)
     with pytest.raises(sj.CheckpointError, match="does not fit"):
-        loop.fit(add, {"sum": jnp.zeros(3)}, counting(), steps=12, directory=tmp_path / "b", checkpoint_every=3)
+        run_steps(add, {"sum": jnp.zeros(3)}, counting(), steps=12, directory=tmp_path / "b", checkpoint_every=3)
 
 
 def test_a_run_goes_on_only_with_what_it_was_begun_with(tmp_path):
     begun = {"training": {"learning_rate": 0.1, "clip": None}, "data": {"positions": 9}}
 
     def run(steps, settings, directory=tmp_path / "run"):
-        return loop.fit(add, START, counting(), steps=steps, directory=directory, checkpoint_every=3, settings=settings)
+        return run_steps(
+            add, START, counting(), steps=steps, directory=directory, checkpoint_every=3, settings=settings
+        )
 
     run(3, begun)
-    log = (tmp_path / "run" / loop.LOG).read_bytes()
+    log = (tmp_path / "run" / LOG).read_bytes()
     other = {"training": {"learning_rate": 0.2, "clip": None}, "data": {"positions": 8}, "heads": 2}
     with pytest.raises(sj.CheckpointError) as refused:
         run(6, other)
@@ -267,7 +272,7 @@ def test_a_run_goes_on_only_with_what_it_was_begun_with(tmp_path):
         in (str(refused.value))
     )
     assert "name another --output-dir" in str(refused.value)
-    assert (checkpoint.latest(tmp_path / "run" / "checkpoints"), (tmp_path / "run" / loop.LOG).read_bytes()) == (3, log)
+    assert (checkpoint.latest(tmp_path / "run" / "checkpoints"), (tmp_path / "run" / LOG).read_bytes()) == (3, log)
     assert float(run(6, begun).state["sum"]) == sum(range(6))
     (tmp_path / "run" / identity.FILE).write_text("{")
     with pytest.raises(sj.CheckpointError, match=r"settings\.json, .*cannot be read .*put it back"):
@@ -298,7 +303,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, size, what):
     start = {"sum": jax.random.normal(jax.random.key(0), (20_000,))}  # 80 kB that do not compress
 
     def run(steps):
-        return loop.fit(add, start, counting(), steps=steps, directory=tmp_path, checkpoint_every=3)
+        return run_steps(add, start, counting(), steps=steps, directory=tmp_path, checkpoint_every=3)
 
     run(3)
     with disk_with(size), pytest.raises(sj.CheckpointError, match=f"{what}.*is the disk full"):
@@ -311,7 +316,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, size, what):
 
 def test_the_best_checkpoint_stays_beside_the_newest(tmp_path):
     def run(steps):
-        return loop.fit(
+        return run_steps(
             add, START, counting(), steps=steps, directory=tmp_path, checkpoint_every=1, keep=2,
             evaluate=lambda state: {"sum": float(state["sum"])}, score=lambda e: -abs(e["sum"] - 6.0),
         )  # fmt: skip
@@ -320,10 +325,10 @@ def test_the_best_checkpoint_stays_beside_the_newest(tmp_path):
     assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == [4, 6, 7]  # 0 + 1 + 2 + 3 is 6
     state, _ = run(9)  # after a restart the old best one is still known
     assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == [4, 8, 9]
-    assert float(loop.best_state(tmp_path, state, counting())["sum"]) == 6.0
-    loop.fit(add, START, counting(), steps=1, directory=tmp_path / "x", checkpoint_every=1)
+    assert float(best_state(tmp_path, state, counting())["sum"]) == 6.0
+    run_steps(add, START, counting(), steps=1, directory=tmp_path / "x", checkpoint_every=1)
     with pytest.raises(sj.CheckpointError, match="has a score; evaluate while training"):
-        loop.best_state(tmp_path / "x", state, counting())
+        best_state(tmp_path / "x", state, counting())
 
 
 def test_placement_and_amounts(tmp_path):
@@ -342,9 +347,9 @@ def test_placement_and_amounts(tmp_path):
             seen.append([r["step"] for r in records])
 
     def run(steps):
-        return loop.fit(
+        return run_steps(
             add, START, counting(), steps=steps, directory=tmp_path, checkpoint_every=2, per_step={"tokens": 64},
-            monitor=Watch(), placement=loop.Placement(put, put),
+            monitor=Watch(), placement=Placement(put, put),
         )  # fmt: skip
 
     state, log = run(2)

@@ -15,19 +15,17 @@ from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
 import specjax as sj
-from specjax.corpus.build import Distillation
+from specjax.corpus.build import Corpus
 from specjax.fingerprint import fingerprint
 from specjax.loading.head_files import heads_metadata, save_heads
 from specjax.ranks.simulation import simulate
 from specjax.ranks.table import RankTable
-from specjax.studies import head_fit as fit_heads
-from specjax.studies import train_draft_heads as fit_draft_heads
-from specjax.studies import train_random as fit_random
+from specjax.studies import train_draft_heads, train_random, training_study
 from specjax.studies.runner import load_config, run_config
-from specjax.studies.train_heads import FitHeads
-from specjax.training import loop
+from specjax.studies.train_cached_medusa import TrainCachedMedusa
+from specjax.training.cached_medusa import CachedMedusaConfig
 from specjax.training.quality import default_tree
-from specjax.training.trainer import TrainConfig
+from specjax.training.steps import LOG
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
@@ -82,7 +80,7 @@ def test_trained_heads_beat_the_lm_head_by_the_stated_margin(fitted):
 
 def test_the_record_is_complete(fitted):
     directory, _, result, _ = fitted
-    log = [json.loads(line) for line in (directory / loop.LOG).read_text().splitlines()]
+    log = [json.loads(line) for line in (directory / LOG).read_text().splitlines()]
     steps = [r for r in log if "loss" in r]
     assert [r["step"] for r in steps] == list(range(1, len(steps) + 1))
     assert all(r["gradient_norm"] > 0 and r["learning_rate"] >= 0 and len(r["losses"]) == 3 for r in steps)
@@ -107,7 +105,7 @@ def test_the_record_is_complete(fitted):
 
 def test_going_on_from_heads_and_averaging(fitted, tmp_path, monkeypatch):
     directory, config, result, _ = fitted
-    training = TrainConfig(
+    training = CachedMedusaConfig(
         epochs=1, batch_size=256, learning_rate=1e-2, distillation=0.5, accumulate=2, ema=0.9, weighting="decay"
     )
     changed = dataclasses.replace(
@@ -131,7 +129,7 @@ def test_going_on_from_heads_and_averaging(fitted, tmp_path, monkeypatch):
         save_heads(begun, heads, {"backbone": owner})
         changed_meanwhile = functools.partial(save_heads, begun, heads, {"backbone": "1" * 16})
         with monkeypatch.context() as patch:
-            patch.setattr(fit_heads, "train", followed_by(fit_heads.train, changed_meanwhile))
+            patch.setattr(training_study, "train", followed_by(training_study.train, changed_meanwhile))
             _, printed = run(dataclasses.replace(changed, start_from=str(begun)), tmp_path / f"next_{number}")
         assert heads_metadata(begun)["backbone"] == "1" * 16
         assert {k: v for k, v in heads_metadata(tmp_path / f"next_{number}").items() if k == "backbone"} == kept
@@ -183,19 +181,19 @@ def chat_model(tmp_path_factory):
 
 @pytest.mark.parametrize(("changes", "error", "message"), TOLD_AT_ONCE)
 def test_what_needs_no_text_to_be_told_is_told_before_it_is_made(chat_model, tmp_path, changes, error, message):
-    data = Distillation(
+    data = Corpus(
         str(tmp_path / "text"), "seeds", shards=2, shard_size=2, batch_size=2, max_answer_tokens=4, evaluation_share=0.5
     )
     if "start_from" in changes:
         changes = {"start_from": str(tmp_path / changes["start_from"])}
-    config = FitHeads(name="tiny", model=chat_model, data=data, **({"reduced_vocab_size": None} | changes))
+    config = TrainCachedMedusa(name="tiny", model=chat_model, data=data, **({"reduced_vocab_size": None} | changes))
     with pytest.raises(error, match=message):
         run(config, tmp_path / "out")
     assert not (tmp_path / "text").exists()
 
 
 @pytest.mark.parametrize(
-    ("module", "name"), [(fit_random, "train_tiny_qwen2"), (fit_draft_heads, "train_smollm2_draft_medusa")]
+    ("module", "name"), [(train_random, "train_tiny_qwen2"), (train_draft_heads, "train_smollm2_draft_medusa")]
 )
 def test_other_text_is_not_made_either(tmp_path, monkeypatch, module, name):
     monkeypatch.setattr(module, "answer", lambda *args, **options: pytest.fail("the text was made"))
@@ -212,9 +210,11 @@ def test_heads_for_distilled_text_name_the_target_as_it_is_loaded(tmp_path):
     """A file's own name for itself, such as a GGUF's "Smollm2 135M 8k Lc100K Mix1 Ep2", loads nothing."""
     target, text = str(save_chat_model(tmp_path / "target")), str(tmp_path / "text")
     sizes = {"shards": 2, "shard_size": 4, "batch_size": 4, "max_answer_tokens": 8}
-    data = Distillation(text, "seeds", temperature=1.0, evaluation_share=0.4, **sizes)
-    training = TrainConfig(epochs=1, batch_size=16, select="best")
-    config = FitHeads(name="tiny", model=target, data=data, num_heads=2, reduced_vocab_size=None, training=training)
+    data = Corpus(text, "seeds", temperature=1.0, evaluation_share=0.4, **sizes)
+    training = CachedMedusaConfig(epochs=1, batch_size=16, select="best")
+    config = TrainCachedMedusa(
+        name="tiny", model=target, data=data, num_heads=2, reduced_vocab_size=None, training=training
+    )
     result, _ = run(config, tmp_path / "out")
     assert heads_metadata(tmp_path / "out" / "heads.safetensors")["target"] == target
     counts = [result["data"][side]["conversations"] for side in ("training", "held_out")]

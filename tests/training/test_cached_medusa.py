@@ -12,10 +12,11 @@ import specjax as sj
 from specjax.corpus.answers import Answers, answer
 from specjax.heads import init_heads, project
 from specjax.loading import checkpoint
-from specjax.ranks.labels import IGNORED, future_labels, label_ranks, reduce_labels
-from specjax.training import trainer
+from specjax.ranks.labels import IGNORED, frequent_tokens, future_labels, label_ranks, reduce_labels
+from specjax.training.cached_medusa import CachedMedusa, CachedMedusaConfig, dataset, teach
 from specjax.training.losses import head_cross_entropy
-from specjax.training.trainer import TrainConfig, dataset, evaluate, frequent_tokens, train
+from specjax.training.mesh import MeshConfig
+from specjax.training.run import train
 
 
 def test_head_i_is_to_predict_two_plus_i_positions_ahead_of_its_feature():
@@ -65,6 +66,17 @@ def cyclic():
     return model, text, held
 
 
+def objective(heads, model, data, held_out, config, tree=None):
+    return CachedMedusa(heads=heads, target=model.params, data=data, held_out=held_out, settings=config, tree=tree)
+
+
+def quality(heads, model, data):
+    """What an evaluation says of heads."""
+    judged = objective(heads, model, data, data, CachedMedusaConfig())
+    constants = judged.constants(MeshConfig(1, 1).build())
+    return judged.quality([judged.judge(heads.params, constants, batch) for batch in judged.held_out_batches()])
+
+
 def new_heads(model, **changes):
     shape = {"num_heads": 2, "hidden_size": 32, "vocab_size": 23, "projection": "shared"} | changes
     return init_heads(sj.MedusaConfig(**shape), model.params)
@@ -74,9 +86,8 @@ def test_training_makes_drafts_that_are_accepted(cyclic, tmp_path):
     model, _, held = cyclic
     heads = new_heads(model)
     data = dataset(held, heads)
-    trained, log = train(
-        heads, model.params, data, data, TrainConfig(epochs=20, batch_size=64, learning_rate=1e-2), tmp_path
-    )
+    settings = CachedMedusaConfig(epochs=20, batch_size=64, learning_rate=1e-2)
+    trained, log = train(objective(heads, model, data, data, settings), tmp_path)
     first_head = [record["losses"][0] for record in log if "losses" in record]
     assert first_head[-1] < 0.3 * first_head[0]
     for head in range(2):
@@ -86,9 +97,7 @@ def test_training_makes_drafts_that_are_accepted(cyclic, tmp_path):
     assert out.tokens_per_round > max(2.0, before.tokens_per_round)
     # The same labels one position off teach heads that accept little.
     shifted = dataclasses.replace(data, labels=np.roll(data.labels, -1, axis=0))
-    wrong, _ = train(
-        heads, model.params, shifted, data, TrainConfig(epochs=20, batch_size=64, learning_rate=1e-2), tmp_path / "x"
-    )
+    wrong, _ = train(objective(heads, model, shifted, data, settings), tmp_path / "x")
     off = sj.generate(model, [3], drafter=sj.MedusaDrafter(wrong, sj.Tree.chain(2)), max_new_tokens=40)
     assert off.tokens_per_round < out.tokens_per_round - 0.5
 
@@ -110,7 +119,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(cyclic, tmp_path):
     model, text, held = cyclic
     heads = new_heads(model)
     data, check = dataset(text, heads), dataset(held, heads)
-    config = TrainConfig(epochs=4, batch_size=128)
+    config = CachedMedusaConfig(epochs=4, batch_size=128)
     per_epoch = len(data.features) // 128
 
     class KilledError(Exception):
@@ -120,11 +129,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one(cyclic, tmp_path):
         if record["step"] == 2 * per_epoch:
             raise KilledError
 
-    whole, log = train(heads, model.params, data, check, config, tmp_path / "whole")
+    whole, log = train(objective(heads, model, data, check, config), tmp_path / "whole")
     with pytest.raises(KilledError):
-        train(heads, model.params, data, check, config, tmp_path / "cut", report=kill)
+        train(objective(heads, model, data, check, config), tmp_path / "cut", report=kill)
     assert checkpoint.latest(tmp_path / "cut" / "checkpoints") == per_epoch  # killed before the second epoch's
-    resumed, relog = train(heads, model.params, data, check, config, tmp_path / "cut")
+    resumed, relog = train(objective(heads, model, data, check, config), tmp_path / "cut")
     for ours, theirs in zip(relog, log, strict=True):
         assert untimed(ours) == untimed(theirs)
     for name, value in whole.params.items():
@@ -136,7 +145,7 @@ def test_accuracy_counts_tokens_outside_the_reduced_vocabulary_as_misses(cyclic)
     keep = frequent_tokens(held.tokens, 4, 23)
     shape = sj.MedusaConfig(2, 32, 23, projection="shared", reduced_vocab_size=4)
     heads = init_heads(shape, model.params, keep)
-    hits = evaluate(heads, model.params, dataset(held, heads)).ranks.hits()[:, :4]
+    hits = quality(heads, model, dataset(held, heads)).ranks.hits()[:, :4]
     labels = future_labels(held.tokens, held.lengths, 2)
     share = [np.isin(labels[labels[:, i] != IGNORED, i], keep).mean() for i in range(2)]
     np.testing.assert_allclose(
@@ -148,15 +157,15 @@ def test_the_teacher_of_a_head_is_the_target_where_its_token_is_said(cyclic):
     model, _, held = cyclic
     heads = new_heads(model)
     data = dataset(held, heads)
-    config = TrainConfig(batch_size=96, distillation=1.0, teacher_top_k=4)
-    batch = next(iter(trainer._batches(data, heads, model.params, config)))
+    config = CachedMedusaConfig(batch_size=96, distillation=1.0, teacher_top_k=4)
+    batch = next(iter(objective(heads, model, data, data, config).batches()))
     labels = batch["labels"]
     assert batch["tokens"].shape == batch["probabilities"].shape == (96, 2, 4)
     # Greedy text: the token that is to come is the likeliest one where the target says it.
     np.testing.assert_array_equal(batch["tokens"][..., 0][labels != IGNORED], labels[labels != IGNORED])
     np.testing.assert_allclose(batch["probabilities"].sum(-1), 1, rtol=1e-5)
     logits = np.asarray(held.features[7], np.float32) @ np.asarray(model.params.unembedding).T
-    ids, p = trainer.teach(data, model.params.unembedding, 4)
+    ids, p = teach(data, model.params.unembedding, 4)
     assert ids[7].tolist() == np.argsort(-logits)[:4].tolist()
     exp = np.exp(np.sort(logits)[::-1][:4])
     np.testing.assert_allclose(p[7], exp / exp.sum(), rtol=1e-3)
@@ -166,8 +175,10 @@ def test_distilled_heads_come_near_the_teacher(cyclic, tmp_path):
     model, _, held = cyclic
     heads = new_heads(model)
     data = dataset(held, heads)
-    config = TrainConfig(epochs=4, batch_size=64, learning_rate=1e-2, distillation=1.0, z_loss=1e-4, select="best")
-    _, log = train(heads, model.params, data, data, config, tmp_path)
+    config = CachedMedusaConfig(
+        epochs=4, batch_size=64, learning_rate=1e-2, distillation=1.0, z_loss=1e-4, select="best"
+    )
+    _, log = train(objective(heads, model, data, data, config), tmp_path)
     first = [record["losses"][0] for record in log if "loss" in record]
     assert first[-1] < 0.7 * first[0]
     assert log[-1]["eval"]["tokens_per_round"] > log[0]["eval"]["tokens_per_round"] + 0.1
@@ -178,7 +189,7 @@ def test_refusals(cyclic, tmp_path):
     heads = new_heads(model)
     data = dataset(text, heads)
     with pytest.raises(sj.DataError, match="do not fill one batch"):
-        train(heads, model.params, data, data, TrainConfig(batch_size=10**6), tmp_path)
+        train(objective(heads, model, data, data, CachedMedusaConfig(batch_size=10**6)), tmp_path)
     with pytest.raises(sj.DataError, match="width 8"):
         dataset(Answers(text.tokens, text.features[:, :8], text.lengths), heads)
     with pytest.raises(sj.DataError, match="after its first"):
@@ -190,7 +201,7 @@ def test_refusals(cyclic, tmp_path):
     with pytest.raises(sj.DataError, match="reduced vocabulary"):
         dataset(Answers(np.full(4, 3), text.features[:4], np.array([4])), narrow)
     with pytest.raises(sj.TreeError, match="2 heads can fill a depth of 2"):
-        train(heads, model.params, data, data, TrainConfig(batch_size=64), tmp_path, tree=sj.Tree.chain(3))
+        objective(heads, model, data, data, CachedMedusaConfig(batch_size=64), tree=sj.Tree.chain(3))
     for wrong, match in (
         ({"epochs": 0}, "epochs"),
         ({"distillation": 1.5}, "distillation is 1.5"),
@@ -199,7 +210,7 @@ def test_refusals(cyclic, tmp_path):
         ({"weighting": "mean"}, "weighting is 'mean'"),
     ):
         with pytest.raises(sj.ConfigError, match=match):
-            TrainConfig(**wrong)
+            CachedMedusaConfig(**wrong)
     with pytest.raises(sj.CheckpointError, match="no checkpoint"):
         checkpoint.restore(tmp_path / "none", {})
 
@@ -209,12 +220,12 @@ def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(cyclic, tmp_path):
     heads = new_heads(model)
     features = np.random.default_rng(0).normal(size=text.features.shape).astype(np.float32)
     data = dataclasses.replace(dataset(text, heads), features=features)
-    config = TrainConfig(epochs=1, batch_size=256, checkpoint_every=1)
-    third = list(trainer._batches(data, heads, model.params, config))[2]["features"]
+    config = CachedMedusaConfig(epochs=1, batch_size=256, checkpoint_every=1)
+    third = list(objective(heads, model, data, data, config).batches())[2]["features"]
     (bad,) = np.flatnonzero((features == third[0]).all(1))
     features[bad] = np.nan
     with pytest.raises(sj.DataError, match="of step 3 is nan"):
-        train(heads, model.params, data, data, config, tmp_path)
+        train(objective(heads, model, data, data, config), tmp_path)
     assert checkpoint.latest(tmp_path / "checkpoints") == 2
 
 
@@ -223,8 +234,8 @@ def test_a_run_with_other_settings_heads_or_data_is_refused(cyclic, tmp_path):
     heads = new_heads(model)
     data, check = dataset(text, heads), dataset(held, heads)
     short = dataset(Answers(text.tokens[:960], text.features[:960], text.lengths[:40]), heads)
-    config = TrainConfig(epochs=1, batch_size=256)
-    _, log = train(heads, model.params, data, check, config, tmp_path)
+    config = CachedMedusaConfig(epochs=1, batch_size=256)
+    _, log = train(objective(heads, model, data, check, config), tmp_path)
     for changes, message in (
         (
             {"config": dataclasses.replace(config, learning_rate=1e-4)},
@@ -252,17 +263,9 @@ def test_a_run_with_other_settings_heads_or_data_is_refused(cyclic, tmp_path):
         asked = {"heads": heads, "model": model, "data": data, "held_out": check, "config": config, "tree": None}
         asked |= changes
         with pytest.raises(sj.CheckpointError, match=f"was begun with .*{message}.*name another --output-dir"):
-            train(
-                asked["heads"],
-                asked["model"].params,
-                asked["data"],
-                asked["held_out"],
-                asked["config"],
-                tmp_path,
-                tree=asked["tree"],
-            )
+            train(objective(**asked), tmp_path)
     freely = dataclasses.replace(config, keep=5, checkpoint_every=3, select="best")
-    assert train(heads, model.params, data, check, freely, tmp_path)[1] == log
+    assert train(objective(heads, model, data, check, freely), tmp_path)[1] == log
     rounded = np.nextafter(data.features, data.features.dtype.type(9))  # as by another CPU
     elsewhere = dataclasses.replace(data, features=rounded)
-    assert train(heads, model.params, elsewhere, check, freely, tmp_path)[1] == log
+    assert train(objective(heads, model, elsewhere, check, freely), tmp_path)[1] == log

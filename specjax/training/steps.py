@@ -1,4 +1,4 @@
-"""The training loop: steps over a checkpointed input pipeline, resumable at any step with the same losses, bit for bit.
+"""Steps over a checkpointed input pipeline, resumable at any step with the same losses, bit for bit.
 
 Everything that the next step depends on (parameters, optimiser state, position in the data) goes into one Orbax
 checkpoint, written atomically. What a kill loses are the steps since then, which are done again from the same data.
@@ -49,14 +49,14 @@ class Monitor(Protocol):
         ...
 
 
-class Trained(NamedTuple):
+class Finished(NamedTuple):
     """The final state, and the log: a record for every step (`step`, `loss`, ...) and for every evaluation (`eval`)."""
 
     state: Any
     log: list[dict[str, Any]]
 
 
-def fit(
+def run_steps(
     step: Step,
     state: Any,
     batches: grain.IterDataset,
@@ -72,7 +72,7 @@ def fit(
     per_step: Mapping[str, float] | None = None,
     monitor: Monitor | None = None,
     placement: Placement = ANYWHERE,
-) -> Trained:
+) -> Finished:
     """Runs `step` until `steps` are done, resuming from the newest checkpoint in `directory` where there is one.
 
     Several processes (`jax.distributed`) all call this with the same `directory`; the first one writes the log.
@@ -171,7 +171,7 @@ def fit(
         if monitor is not None:
             monitor.logged(records)
         pending, began = [], time.perf_counter()
-    return Trained(state, log)
+    return Finished(state, log)
 
 
 def _check_hosts(checkpoints: Path, settings: Mapping[str, Any] | None) -> None:
