@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 
 import specjax as sj
-from specjax.lab import CachedMedusaConfig, answer, dataset, distinct, init_heads, seed_prompts, train
+from specjax.lab import CachedMedusa, CachedMedusaConfig, answer, dataset, distinct, init_heads, seed_prompts, train
 
 target, token_map = sj.load_draft("smollm2-draft")
 print(target.config.family, "of", sum(leaf.size for leaf in jax.tree.leaves(target.params)), "parameters")
@@ -86,7 +86,10 @@ print("labels at feature 0:", data.labels[0].tolist())
 # %%
 folder = Path(tempfile.mkdtemp())
 settings = CachedMedusaConfig(epochs=3, batch_size=512, learning_rate=4e-3)
-trained, log = train(heads, target.params, data, dataset(held_out, heads), settings, folder)
+objective = CachedMedusa(
+    heads=heads, target=target.params, data=data, held_out=dataset(held_out, heads), settings=settings
+)
+trained, log = train(objective, folder)
 
 steps = [record for record in log if "losses" in record]
 evaluations = [record for record in log if "eval" in record]

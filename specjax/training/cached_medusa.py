@@ -172,7 +172,6 @@ class CachedMedusa(Objective):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole batches."""
         return len(self.data.features) // self.settings.batch_size
 
     @property
@@ -193,25 +192,20 @@ class CachedMedusa(Objective):
 
     @property
     def amounts(self) -> dict[str, float]:
-        """Positions, and the labels of all heads."""
         size = self.settings.batch_size
         return {"tokens": size, "labels": size * float((self.data.labels != IGNORED).sum(1).mean())}
 
     def check(self, on: Mesh) -> None:
-        """Rows that the mesh does not divide; the data was checked when it was labelled."""
         mesh.check_rows(self.settings.batch_size, on)
 
     def identity(self) -> dict[str, Any]:
-        """Settings, heads, target, text and tree."""
         text = (_identity(self.data), _identity(self.held_out))
         return of_head_run(self.settings, self.heads, self.target, *text, self.tree)
 
     def initial(self) -> Any:
-        """The heads' parameters."""
         return self.heads.params
 
     def shardings(self, on: Mesh) -> Any:
-        """Projections over the vocabulary."""
         return mesh.head_shardings(self.heads, on)
 
     def constants(self, on: Mesh) -> Rows:
@@ -283,11 +277,9 @@ class CachedMedusa(Objective):
         return Quality(held_out_ranks(ranks, data.lengths), losses)
 
     def record(self, found: Sequence[HostBatch]) -> dict[str, Any]:
-        """A `quality.record`."""
         return record(self.quality(found), self.tree)
 
     def trained(self, params: Any) -> Heads:
-        """The heads."""
         return replace(self.heads, params=params)
 
     def export(self, directory: Path, trained: Heads, metadata: Mapping[str, Any]) -> None:

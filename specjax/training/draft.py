@@ -113,13 +113,11 @@ class DraftDistillation(PackedObjective):
             )
 
     def check(self, on: Mesh) -> None:
-        """Rows, and labels that are left."""
         mesh.check_rows(self.settings.batch_size, on)
         for text, what in ((self.data, "training"), (self.held_out, "evaluation")):
             preflight.check_cut(text, self.settings.length, what, ahead=1)
 
     def identity(self) -> dict[str, Any]:
-        """Settings, shapes, target and text."""
         return {
             "training": settings_of(self.settings),
             "draft": asdict(self.config),
@@ -131,11 +129,9 @@ class DraftDistillation(PackedObjective):
         }
 
     def initial(self) -> Params:
-        """As `init_draft`."""
         return init_draft(jax.random.key(self.settings.seed), self.config, self.target, self.token_map)
 
     def shardings(self, on: Mesh) -> Params:
-        """Those of any decoder."""
         return parameters.shardings(self.config, on)
 
     def constants(self, on: Mesh) -> Frozen:
@@ -180,14 +176,12 @@ class DraftDistillation(PackedObjective):
         return {"sums": jnp.sum(_by_row(one, shards, *parts), axis=0)}
 
     def record(self, found: Sequence[HostBatch]) -> dict[str, float]:
-        """Averages."""
         sums = np.zeros(4)
         for part in found:
             sums += part["sums"]
         return dict(zip(("acceptance", "agreement", "text"), (sums[:3] / max(sums[3], 1)).tolist(), strict=True))
 
     def trained(self, params: Params) -> Params:
-        """They are the draft."""
         return params
 
     def export(self, directory: Path, trained: Params, metadata: Mapping[str, Any]) -> None:

@@ -73,7 +73,6 @@ class Objective(Protocol):
     @property
     def steps(self) -> int:
         """Batches in a whole run, in whole updates. Raises DataError for too few."""
-        ...
 
     @property
     def steps_per_epoch(self) -> int:
@@ -83,55 +82,42 @@ class Objective(Protocol):
     @property
     def amounts(self) -> Mapping[str, float]:
         """What a step works off, by name, with `tokens` among them: the log has them by the second."""
-        ...
 
     def check(self, on: Mesh) -> None:
         """Refuses, before anything is placed or compiled, what cannot be trained; may warn of text that is cut."""
-        ...
 
     def identity(self) -> dict[str, Any]:
         """What the run depends on, as JSON takes it: it is resumed with the same alone."""
-        ...
 
     def initial(self) -> Any:
         """The float32 parameters before the first step."""
-        ...
 
     def shardings(self, on: Mesh) -> Any:
         """A `NamedSharding` for every parameter."""
-        ...
 
     def constants(self, on: Mesh) -> Any:
         """What losses read and nothing changes, such as the frozen target, placed on the mesh: arguments of the step,
         as an array over several processes cannot be a constant of a compiled function."""
-        ...
 
     def batches(self) -> grain.IterDataset:
         """The batches of all epochs, in an order that the seed fixes."""
-        ...
 
     def loss(
         self, params: Any, constants: Any, batch: Batch, moment: Moment
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
         """The loss of a batch, and what the log is to have beside it."""
-        ...
 
     def held_out_batches(self, shards: int) -> Iterable[HostBatch]:
         """Every held-out row once, in batches of one shape whose rows `shards` divides."""
-        ...
 
     def judge(self, params: Any, constants: Any, batch: Batch, shards: int) -> dict[str, Array]:
         """What a held-out batch says of the parameters."""
-        ...
 
     def record(self, found: Sequence[HostBatch]) -> dict[str, Any]:
         """An evaluation for the log, from what `judge` gave of every held-out batch, in order."""
-        ...
 
     def trained(self, params: Any) -> Any:
         """What training was for (heads, a draft), from the parameters that were selected."""
-        ...
 
     def export(self, directory: Path, trained: Any, metadata: Mapping[str, Any]) -> None:
         """Writes it."""
-        ...

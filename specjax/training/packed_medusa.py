@@ -117,11 +117,9 @@ class PackedMedusa(PackedObjective):
 
     @property
     def factors(self) -> dict[str, float]:  # type: ignore[override]
-        """The backbone's learning rate beside the heads'."""
         return {"lora": self.settings.lora_learning_rate / self.settings.learning_rate}
 
     def check(self, on: Mesh) -> None:
-        """Rows, shapes, vocabulary, labels that are left, and the number of steps."""
         settings, config = self.settings, self.model.config
         mesh.check_rows(settings.batch_size, on)
         self.heads.check(config)
@@ -131,19 +129,16 @@ class PackedMedusa(PackedObjective):
         preflight.check_some_sayable(self.heads, self.data, settings.length)
 
     def identity(self) -> dict[str, Any]:
-        """Settings, heads, target, text and tree."""
         text = (text_identity(self.data), text_identity(self.held_out))
         return of_head_run(self.settings, self.heads, self.model.params, *text, self.tree)
 
     def initial(self) -> dict[str, Any]:
-        """`heads`, and in Medusa-2 `lora`: what gradients flow to."""
         trained: dict[str, Any] = {"heads": self.heads.params}
         if self.settings.lora is not None:
             trained["lora"] = init_lora(jax.random.key(self.settings.seed), self.model.config, self.settings.lora)
         return trained
 
     def shardings(self, on: Mesh) -> dict[str, Any]:
-        """Projections over the vocabulary, changes as their matrices."""
         where = {"heads": mesh.head_shardings(self.heads, on)}
         if self.settings.lora is not None:
             where["lora"] = lora_shardings(self.model.config, self.settings.lora, on)
@@ -233,11 +228,9 @@ class PackedMedusa(PackedObjective):
         return found
 
     def record(self, found: Sequence[HostBatch]) -> dict[str, Any]:
-        """A `packed_record`."""
         return packed_record(list(self.held_out_batches()), found, self.tree)
 
     def trained(self, params: Mapping[str, Any]) -> Fitted:
-        """Heads and changes."""
         return Fitted(replace(self.heads, params=params["heads"]), params.get("lora"))
 
     def export(self, directory: Path, trained: Fitted, metadata: Mapping[str, Any]) -> None:
