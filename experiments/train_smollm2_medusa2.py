@@ -44,8 +44,8 @@ round from 1.10 to 1.24 (1.26 at step 20); the backbone diverged from the frozen
 
 from specjax.corpus.build import Corpus
 from specjax.studies.train_packed_medusa import TrainPackedMedusa
-from specjax.training.packed_medusa import PackedMedusaConfig
 from specjax.training.lora import LoraConfig
+from specjax.training.packed_medusa import PackedMedusaConfig
 
 
 def get_config() -> TrainPackedMedusa:

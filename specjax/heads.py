@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from specjax import ops
 from specjax.checks import is_whole
 from specjax.errors import ConfigError
 from specjax.target.config import ModelConfig
-from specjax.target.model import dot
 from specjax.target.params import Params
 
 
@@ -91,9 +91,9 @@ class MedusaHeads(nn.Module):
         for i in range(self.config.num_layers):
             kernel = self.param(f"kernel_{i}", zeros, (c, d, d))
             bias = self.param(f"bias_{i}", zeros, (c, d)).astype(jnp.float32)
-            heads = [x + nn.silu(dot("TD,DE->TE", x, w) + b) for x, w, b in zip(heads, kernel, bias, strict=True)]
+            heads = [x + nn.silu(ops.dot("TD,DE->TE", x, w) + b) for x, w, b in zip(heads, kernel, bias, strict=True)]
         if self.config.projection == "full":
-            heads = [dot("TD,RD->TR", x, self.param(f"projection_{i}", zeros, (r, d))) for i, x in enumerate(heads)]
+            heads = [ops.dot("TD,RD->TR", x, self.param(f"projection_{i}", zeros, (r, d))) for i, x in enumerate(heads)]
         return jnp.stack(heads).reshape(c, *features.shape[:-1], -1)
 
 
@@ -199,7 +199,7 @@ def project(
     assert isinstance(out, jax.Array)
     if projection is None:
         return out
-    logits = dot("TD,RD->TR", out.reshape(-1, out.shape[-1]), projection)
+    logits = ops.dot("TD,RD->TR", out.reshape(-1, out.shape[-1]), projection)
     return logits.reshape(*out.shape[:-1], projection.shape[0])
 
 

@@ -14,13 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from specjax import ops
 from specjax.acceptance import Acceptance
 from specjax.drafters.base import Context, Drafter
 from specjax.errors import ConfigError
 from specjax.proposal import NO_DRAFT, Proposal, Verdict
 from specjax.target import cache as kv
 from specjax.target.config import ModelConfig
-from specjax.target.model import fast_rows, forward, read, unembed
+from specjax.target.model import forward, read, unembed
 from specjax.target.params import Params
 from specjax.tree import Tree
 
@@ -183,7 +184,7 @@ def _readings(drafter: Drafter, dtype: Any, *, batched: bool) -> list[tuple[tupl
     """The sets of nodes that a round may read, each with its number of rows: cheapest first, the whole tree last."""
 
     def rows(nodes: tuple[int, ...]) -> int:
-        return len(nodes) if batched else fast_rows(len(nodes), dtype)  # a batch has rows enough
+        return len(nodes) if batched else ops.padded_rows(len(nodes), dtype)  # a batch has rows enough
 
     whole = tuple(range(drafter.tree.size))
     found = [whole]

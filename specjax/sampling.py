@@ -6,8 +6,9 @@ import numbers
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
+from specjax import ops
 from specjax.errors import ConfigError
 
 
@@ -46,36 +47,6 @@ def warp(
     logits = cooled(logits, temperature)
     if top_k is not None and top_k < logits.shape[-1]:
         values, ids = jax.lax.top_k(logits, top_k)
-        return _scatter(jnp.full_like(logits, -jnp.inf), ids, _nucleus(values, top_p))
-    return _nucleus(logits, top_p)
-
-
-def _nucleus(logits: Float[Array, "*T V"], top_p: float) -> Float[Array, "*T V"]:
-    # A token stays while the mass before it has not reached top_p. The least probability that stays is found by
-    # halving an interval, not by sorting, which XLA:CPU is slow at. Positive floats are in the order of their bits.
-    if top_p == 1.0:
-        return logits
-    p = jax.nn.softmax(logits, axis=-1)
-
-    def value(bits: Int[Array, "*T"]) -> Float[Array, "*T 1"]:
-        return jax.lax.bitcast_convert_type(bits, jnp.float32)[..., None]
-
-    def above(bits: Int[Array, "*T"]) -> Float[Array, "*T"]:
-        return jnp.sum(jnp.where(p > value(bits), p, 0), axis=-1)
-
-    def halve(_: Array, ends: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = ends  # the least that stays is in [low, high]: the mass above `high` does not reach top_p
-        middle = low + (high - low) // 2
-        reached = above(middle) >= top_p
-        return jnp.where(reached, middle, low), jnp.where(reached, high, middle)
-
-    zero = jnp.zeros(p.shape[:-1], jnp.int32)
-    one = jax.lax.bitcast_convert_type(jnp.float32(1), jnp.int32)
-    _, bits = jax.lax.fori_loop(0, 31, halve, (zero, zero + one))
-    least, tied = value(bits), p == value(bits)
-    before = above(bits)[..., None] + (jnp.cumsum(tied, axis=-1) - tied) * least  # of equals the lowest ids first
-    return jnp.where((p > least) | (tied & (before < top_p)), logits, -jnp.inf)
-
-
-def _scatter(target: Float[Array, "*T V"], ids: Array, values: Array) -> Float[Array, "*T V"]:
-    return jnp.put_along_axis(target, ids, values, axis=-1, inplace=False)
+        kept = values if top_p == 1.0 else ops.nucleus(values, top_p)
+        return jnp.put_along_axis(jnp.full_like(logits, -jnp.inf), ids, kept, axis=-1, inplace=False)
+    return logits if top_p == 1.0 else ops.nucleus(logits, top_p)

@@ -1,4 +1,4 @@
-"""Shared models and drafters."""
+"""Shared models and drafters; the two tiers, and how the tests are shared out among the workers."""
 
 import dataclasses
 import importlib.util
@@ -27,10 +27,36 @@ REAL = Path(__file__).parent / "real"
 collect_ignore = [] if importlib.util.find_spec("transformers") else ["parity"]
 
 
+def pytest_addoption(parser):
+    """`--fast`: the tier of `make test`. Without it everything runs, as in `make test-full`."""
+    parser.addoption("--fast", action="store_true", help="leave out the tests marked `full`, and draw fewer samples")
+
+
 def pytest_configure(config):
     """Shares the CPUs among the workers, and chooses how programs are compiled."""
     share_cpus()
     choose_optimisation(config)
+
+
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups next
+def pytest_collection_modifyitems(config, items):
+    """Chooses the tier, and keeps every file on one worker: its tests share compiled programs and fixtures.
+
+    Cases marked `spread` share nothing: each goes to whoever is free. xdist hands them out last, which fills the gap
+    that the last files leave.
+    """
+    if config.getoption("--fast"):
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("full")])
+        items[:] = [item for item in items if not item.get_closest_marker("full")]
+    for item in items:
+        if not any(map(item.get_closest_marker, ("xdist_group", "spread"))):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
+@pytest.fixture(scope="session")
+def fast(pytestconfig) -> bool:
+    """Whether this is the tier of `make test`, where a test may draw fewer samples or take fewer prompts."""
+    return pytestconfig.getoption("--fast")
 
 
 def share_cpus():

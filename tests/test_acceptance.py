@@ -7,7 +7,8 @@ import pytest
 
 import specjax as sj
 from specjax import reference
-from specjax.acceptance import Proposal, draw, top_token
+from specjax.acceptance import Proposal, draw
+from specjax.ops import top_token
 from specjax.sampling import warp
 
 TREES = [sj.Tree.chain(3), sj.Tree.cartesian((3, 2)), sj.Tree.preset("mc_sim_7b_63"), sj.Tree.chain(0)]

@@ -10,11 +10,13 @@ import pytest
 from conftest import tiny_model
 
 import specjax as sj
+import specjax.ops.cpu
 import specjax.target.model
 from specjax import decode
 from specjax.drafters.base import NoDrafter
+from specjax.ops.cpu import BLOCK
 from specjax.target import cache as kv
-from specjax.target.model import BLOCK, forward, layer_forward, read
+from specjax.target.model import forward, layer_forward, read
 
 LENGTH, SLOTS = 2 * BLOCK + 5, 4 * BLOCK
 on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere the whole cache is read at once")
@@ -37,7 +39,7 @@ def features(model, cache, tokens=(5, 8, 13)):
 def test_blocks_give_what_the_whole_cache_gives(window, length, monkeypatch):
     model, cache = filled(window, length)
     blocks = features(model, cache)
-    monkeypatch.setattr(specjax.target.model, "BLOCK", SLOTS)
+    monkeypatch.setattr(specjax.ops.cpu, "BLOCK", SLOTS)
     monkeypatch.setattr(specjax.target.model, "_layer", layer_forward)  # a trace with the other blocks is kept of it
     np.testing.assert_allclose(blocks, features(model, cache), atol=1e-5)
 

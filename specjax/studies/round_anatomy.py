@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from specjax.acceptance import Greedy, top_token
+from specjax import ops
+from specjax.acceptance import Greedy
 from specjax.decode import State, prefill
 from specjax.drafters.base import Drafter
 from specjax.loading.load import Model
@@ -40,7 +41,7 @@ class RoundAnatomy:
 def _round(params, config, drafter, eos, state):  # type: ignore[no-untyped-def]
     found = look(params, config, drafter, Greedy(), state)
     drafts = found.proposal.tokens
-    choices = jnp.where(drafts == NO_DRAFT, NO_DRAFT, top_token(found.logits))
+    choices = jnp.where(drafts == NO_DRAFT, NO_DRAFT, ops.top_token(found.logits))
     return drafts, choices, found.verdict.node, commit(drafter, eos, state, found)
 
 

@@ -125,7 +125,7 @@ class RoundTimes:
     def __call__(self, nodes: int) -> float:
         """Milliseconds for a tree of `nodes`, linear between the measured sizes: measure both sides of a step.
 
-        A float32 round of 5 nodes takes as long as one of 8 on a CPU, one of 9 as one of 16 (`model.fast_rows`).
+        A float32 round of 5 nodes takes as long as one of 8 on a CPU, one of 9 as one of 16 (`ops.padded_rows`).
 
         Raises:
           DataError: more nodes than were measured.

@@ -13,13 +13,13 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from specjax import ops
 from specjax.corpus.answers import Answers
 from specjax.errors import ConfigError, DataError
 from specjax.fingerprint import arrays_fingerprint
 from specjax.heads import Heads, draft_projection, project
 from specjax.ranks.labels import IGNORED, future_labels, label_ranks, reduce_labels
 from specjax.ranks.table import UNLABELLED
-from specjax.target.model import dot
 from specjax.target.params import Params
 from specjax.training import mesh, preflight
 from specjax.training.heads_export import save_bfloat16
@@ -108,7 +108,7 @@ def dataset(answers: Answers, heads: Heads) -> Dataset:
 def _likeliest(
     matrix: Float[Array, "R D"], features: Float[Array, "T D"], k: int
 ) -> tuple[Int[Array, "T k"], Float[Array, "T k"]]:
-    logits, tokens = jax.lax.top_k(dot("TD,RD->TR", features, matrix), k)
+    logits, tokens = jax.lax.top_k(ops.dot("TD,RD->TR", features, matrix), k)
     return tokens, jax.nn.softmax(logits, axis=-1)
 
 

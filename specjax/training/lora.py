@@ -16,10 +16,11 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from specjax import ops
 from specjax.errors import ConfigError
 from specjax.target import params as parameters
 from specjax.target.config import ModelConfig
-from specjax.target.model import Adapter, Product, dot
+from specjax.target.model import Adapter, Product
 from specjax.target.params import DEFAULT_SHARDING, Layer, Params, ParamSpec, named_sharding
 
 
@@ -150,7 +151,7 @@ def _adapter(layer: LayerLora, config: LoraConfig, key: jax.Array | None, t: int
             x = jnp.where(kept[name], x / (1 - config.dropout), 0.0)
 
         def low(pair: Pair, into: str, out: str) -> Array:
-            return dot(f"Tr,{out}r->T{out}", dot(f"T{into},r{into}->Tr", x, pair.a), pair.b)
+            return ops.dot(f"Tr,{out}r->T{out}", ops.dot(f"T{into},r{into}->Tr", x, pair.a), pair.b)
 
         if name == "qkv":
             made = _fuse_qkv(low(layer.q, "D", "KGH"), low(layer.k, "D", "KH"), low(layer.v, "D", "KH"), axis=2)

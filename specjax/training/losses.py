@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from specjax import ops
 from specjax.errors import ConfigError
 from specjax.heads import Heads, MedusaHeads
 from specjax.ranks.labels import IGNORED
-from specjax.target.model import dot
 
 LOGIT_BYTES = 160 << 20  # of float32 logits that exist at once, for all heads together
 _CACHED_BYTES = 16 << 20  # as many stay in a CPU's cache
@@ -215,7 +215,7 @@ def _rows(
 ) -> tuple[Float[Array, "n"], Float[Array, "n a"], Float[Array, "*a"]]:
     # Loss per row: the cross-entropy with `weights` on `tokens`, and the derivatives where they are wanted.
     nothing = jnp.zeros(0)
-    logits = dot("TD,RD->TR", x, matrix)
+    logits = ops.dot("TD,RD->TR", x, matrix)
     mass = jnp.sum(weights, axis=-1)
     log_z = jax.nn.logsumexp(logits, axis=-1)
     picked = jnp.take_along_axis(logits, tokens, axis=-1)

@@ -23,10 +23,17 @@ from specjax import decode
 from specjax.loading.tokenizer import Tokenizer
 from specjax.target.model import forward, unembed
 
-LENGTH, RUNS, BATCH = 4, 200_000, 4_000
+LENGTH, BATCH = 4, 4_000
+RUNS, RUNS_FAST = 200_000, 40_000  # the tests' level is the same; with fewer samples only smaller errors are missed
 SLOTS = 12  # the prompt, LENGTH tokens and a path; also the prefill chunk here, which a draft model reads for every run
 SHAPES = {"chain": sj.Tree.chain(3), "branching": sj.Tree.from_paths([(0,), (1,), (0, 0), (0, 1), (1, 0)])}
 SETTINGS = {"T=1": sj.Sample(), "T=0.7, top-p": sj.Sample(0.7, top_p=0.9)}
+
+
+@pytest.fixture(scope="module")
+def runs(fast):
+    """How many generations are drawn."""
+    return RUNS_FAST if fast else RUNS
 
 
 @pytest.fixture(autouse=True)
@@ -118,8 +125,8 @@ def prompt_read(vocab):
     return tokens, n, *decode.read_prompt(mock(vocab).params, mock(vocab).config, tokens, n)
 
 
-def empirical_law(vocab, acceptance, drafter):
-    """Counts over RUNS independent generations, and the mean number of drafts accepted in a round."""
+def empirical_law(vocab, acceptance, drafter, runs):
+    """Counts over `runs` independent generations, and the mean number of drafts accepted in a round."""
     model = mock(vocab)
 
     # Everything but the config is an argument: the compiler would spend seconds on folding constants. It runs often
@@ -135,7 +142,7 @@ def empirical_law(vocab, acceptance, drafter):
         return said, (LENGTH - 1 - states.rounds).mean()
 
     counts, accepted = np.zeros([vocab] * LENGTH), []
-    for i in range(RUNS // BATCH):
+    for i in range(runs // BATCH):
         out, drafts = batch(model.params, drafter.prepare(model.params), fast_key(i), *prompt_read(vocab))
         np.add.at(counts, tuple(np.asarray(out).T), 1)
         accepted.append(float(drafts))
@@ -165,31 +172,34 @@ def assert_same_law(law, counts):
         assert total_variation(law, counts) <= 0.02
 
 
-@pytest.mark.parametrize("vocab", [3, 6])
+@pytest.mark.spread
+@pytest.mark.parametrize("vocab", [pytest.param(3, marks=pytest.mark.full), 6])
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", DRAFTERS)
-def test_sampling_keeps_the_joint_law(name, shape, setting, vocab):
+def test_sampling_keeps_the_joint_law(name, shape, setting, vocab, runs):
     acceptance = SETTINGS[setting]
     drafter = drafter_for(name, vocab, SHAPES[shape], acceptance)
     drafter.check(target(vocab))
-    counts, accepted = empirical_law(vocab, acceptance, drafter)
+    counts, accepted = empirical_law(vocab, acceptance, drafter, runs)
     assert_same_law(exact_law(vocab, acceptance), counts)
     assert accepted > 0.05  # drafts do get accepted
 
 
+@pytest.mark.spread
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("name", VOCABULARIES)
-def test_drafts_of_another_vocabulary_keep_the_joint_law(name, setting):
-    test_sampling_keeps_the_joint_law(name, "branching", setting, 6)
+def test_drafts_of_another_vocabulary_keep_the_joint_law(name, setting, runs):
+    test_sampling_keeps_the_joint_law(name, "branching", setting, 6, runs)
 
 
+@pytest.mark.spread
 @pytest.mark.parametrize("acceptance", [sj.Sample(top_k=4), sj.Sample(0.8, top_k=4, top_p=0.8)], ids=str)
-def test_top_k_keeps_the_joint_law(acceptance):
+def test_top_k_keeps_the_joint_law(acceptance, runs):
     """Alone and with top-p, target and draft warped alike."""
     drafter = drafter_for("draft model", 6, SHAPES["chain"], acceptance)
     drafter = dataclasses.replace(drafter, top_k=acceptance.top_k)
-    counts, accepted = empirical_law(6, acceptance, drafter)
+    counts, accepted = empirical_law(6, acceptance, drafter, runs)
     law = exact_law(6, acceptance)
     assert (law == 0).any()
     assert_same_law(law, counts)
@@ -227,19 +237,21 @@ MUTANTS = {
 }
 
 
+@pytest.mark.spread
 @pytest.mark.parametrize("name", ["medusa", "draft model"])
-def test_keeping_the_rejected_draft_fails(name):
-    counts, _ = empirical_law(3, KeepsRejected(), drafter_for(name, 3, SHAPES["chain"], sj.Sample()))
+def test_keeping_the_rejected_draft_fails(name, runs):
+    counts, _ = empirical_law(3, KeepsRejected(), drafter_for(name, 3, SHAPES["chain"], sj.Sample()), runs)
     with pytest.raises(AssertionError):
         assert_same_law(exact_law(3, sj.Sample()), counts)
     assert total_variation(exact_law(3, sj.Sample()), counts) > 0.05
 
 
+@pytest.mark.spread
 @pytest.mark.parametrize("mutant", MUTANTS)
-def test_a_broken_sibling_walk_fails(mutant, monkeypatch):
+def test_a_broken_sibling_walk_fails(mutant, runs, monkeypatch):
     monkeypatch.setattr(rules, "_walk_siblings", rewritten(*MUTANTS[mutant]))
     # With three tokens and two siblings little is left to renormalise: six tokens tell.
-    counts, _ = empirical_law(6, sj.Sample(), drafter_for("draft model", 6, SHAPES["branching"], sj.Sample()))
+    counts, _ = empirical_law(6, sj.Sample(), drafter_for("draft model", 6, SHAPES["branching"], sj.Sample()), runs)
     with pytest.raises(AssertionError):
         assert_same_law(exact_law(6, sj.Sample()), counts)
 

@@ -30,6 +30,7 @@ from specjax.drafters.registry import build_drafter
 from specjax.fingerprint import fingerprint
 from specjax.heads import init_heads
 from specjax.loading.head_files import heads_metadata
+from specjax.studies import training_study
 from specjax.training.mesh import MeshConfig
 from specjax.training.run import selected
 from specjax.training.steps import LOG

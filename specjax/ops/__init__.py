@@ -1,0 +1,84 @@
+"""How an operation is computed: the one room that knows the platform (law 10).
+
+`plain` has every operation as the mathematics says it, `cpu` what XLA:CPU computes faster in another arrangement. What
+is traced carries both, and lowering keeps the one of its platform (`jax.lax.platform_dependent`): the program of an
+accelerator, also one that is compiled ahead of time on a CPU, has nothing of the other. How many rows a decoding step
+has is a shape, and shapes are fixed when a program is traced: `padded_rows` goes by the platform that JAX runs on, or by
+the one that `tracing_for` names. Under `vmap` a batch supplies the rows; operations can be differentiated.
+"""
+
+import contextlib
+import contextvars
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from specjax.ops import cpu, plain
+from specjax.ops.plain import Mixture, Prefix
+
+__all__ = [
+    "Mixture",
+    "Prefix",
+    "attend",
+    "attend_prefix",
+    "dot",
+    "embedding",
+    "nucleus",
+    "padded_rows",
+    "top_token",
+    "tracing_for",
+]
+
+_platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
+attend = plain.attend
+
+
+@contextlib.contextmanager
+def tracing_for(platform: str) -> Iterator[None]:
+    """Traces programs for another platform than JAX runs on, such as "cuda" or "tpu", to be compiled ahead of time."""
+    token = _platform.set(platform)
+    try:
+        yield
+    finally:
+        _platform.reset(token)
+
+
+def padded_rows(rows: int, dtype: Any) -> int:
+    """The number of rows, at least as many, that a forward pass is fastest with."""
+    return cpu.padded_rows(rows, dtype) if (_platform.get() or jax.default_backend()) == "cpu" else rows
+
+
+def dot(spec: str, x: Float[Array, "T *in"], w: Array) -> Float[Array, "T *out"]:
+    """`einsum(spec, x, w)` with operands in the weights' dtype and a float32 result; fastest if w is [*out *in]."""
+    x = x.astype(w.dtype)
+    if not cpu.rearranges(spec, x):
+        return plain.dot(spec, x, w)
+    forms = {"cpu": functools.partial(cpu.dot, spec), "default": functools.partial(plain.dot, spec)}
+    return jax.lax.platform_dependent(x, w, **forms)
+
+
+def attend_prefix(q: Float[Array, "K GT H"], mixture: Mixture, prefix: Prefix) -> Mixture:
+    """Adds to `mixture` what queries gather from the cached prefix."""
+    if not cpu.has_blocks(prefix):
+        return plain.attend_prefix(q, mixture, prefix)
+    return jax.lax.platform_dependent(q, mixture, prefix, cpu=cpu.attend_prefix, default=plain.attend_prefix)
+
+
+def embedding(table: Float[Array, "V D"], tokens: Int[Array, "T"]) -> Float[Array, "T D"]:
+    """The tokens' rows, float32."""
+    return jax.lax.platform_dependent(table, tokens, cpu=cpu.embedding, default=plain.embedding)
+
+
+def top_token(logits: Float[Array, "*T V"]) -> Int[Array, "*T"]:
+    """Arg-max, ties to the lowest id."""
+    return jax.lax.platform_dependent(logits, cpu=cpu.top_token, default=plain.top_token)
+
+
+def nucleus(logits: Float[Array, "*T V"], top_p: float) -> Float[Array, "*T V"]:
+    """Logits with -inf for all but the smallest set of most probable tokens whose mass reaches `top_p`; of equals the
+    lowest ids first, always at least one."""
+    forms = {"cpu": functools.partial(cpu.nucleus, top_p), "default": functools.partial(plain.nucleus, top_p)}
+    return jax.lax.platform_dependent(logits, **forms)
