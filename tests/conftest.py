@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 import os
 from dataclasses import dataclass, field
@@ -98,6 +99,14 @@ def room_for_executables():
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > 25_000:
         jax.clear_caches()
+
+
+def tiered(essential, *axes, ids=str):
+    """Every combination of `axes`, a parameter each; those that are not `essential` are for the full tier alone."""
+    return [
+        pytest.param(*case, marks=() if essential(*case) else pytest.mark.full, id="-".join(map(ids, case)))
+        for case in itertools.product(*axes)
+    ]
 
 
 def tiny_config(vocab: int = 61, **changes) -> sj.ModelConfig:

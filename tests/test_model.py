@@ -90,7 +90,10 @@ def test_any_number_of_slots():
 
 
 @on_cpu
-@pytest.mark.parametrize("shape", [{"vocab": 4096, "intermediate_size": 96}, {"vocab": 64, "intermediate_size": 1024}])
+@pytest.mark.parametrize("shape", [
+    {"vocab": 4096, "intermediate_size": 96},
+    pytest.param({"vocab": 64, "intermediate_size": 1024}, marks=pytest.mark.full),
+])  # fmt: skip
 def test_a_bfloat16_loop_copies_no_weights(shape):
     """XLA:CPU would transpose the weights and widen the embeddings before a loop: 273 MB for SmolLM2, and 100 ms."""
     model = tiny_model(hidden_size=64, family="qwen2", qkv_bias=True, **shape)

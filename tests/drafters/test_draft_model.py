@@ -159,6 +159,7 @@ def word_level(names):
 WORDS = [f"word{n}" for n in range(56)]
 
 
+@pytest.mark.full
 def test_vocabularies_that_differ_in_padding_work():
     tokenizer = word_level(WORDS)
     larger, smaller = (dataclasses.replace(tiny_model(3, vocab=n), tokenizer=tokenizer) for n in (64, 56))

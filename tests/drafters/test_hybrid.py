@@ -6,7 +6,7 @@ import functools
 import jax
 import numpy as np
 import pytest
-from conftest import noisy_heads, tiny_model
+from conftest import noisy_heads, tiered, tiny_model
 from fast_keys import fast_key
 
 import specjax as sj
@@ -48,10 +48,18 @@ def drafters(tree):
 
 
 NAMES = list(drafters(TREES[0]))
+WIDEST = "medusa + ngram + draft model"  # of all kinds of parts
 
 
-@pytest.mark.parametrize("tree", TREES, ids=lambda t: t.name)
-@pytest.mark.parametrize("name", NAMES)
+def named(value):
+    """In a test's id."""
+    return value if isinstance(value, str) else getattr(value, "name", None) or type(value).__name__
+
+
+@pytest.mark.parametrize(
+    ("name", "tree"),
+    tiered(lambda name, tree: tree.size < 64 or name in ("medusa", WIDEST), NAMES, TREES, ids=named),
+)
 def test_greedy_output_is_autoregressive(model, tree, name):
     drafter, request = (
         drafters(tree)[name],
@@ -62,8 +70,10 @@ def test_greedy_output_is_autoregressive(model, tree, name):
     np.testing.assert_array_equal(out.tokens, base.tokens)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("acceptance", RULES, ids=lambda a: type(a).__name__)
+@pytest.mark.parametrize(
+    ("acceptance", "name"),
+    tiered(lambda rule, name: isinstance(rule, sj.Sample) or name in ("medusa", WIDEST), RULES, NAMES, ids=named),
+)
 def test_streams_and_seeds_agree(model, name, acceptance):
     drafter = drafters(sj.Tree.cartesian((2, 2)))[name]
     request = {"drafter": drafter, "acceptance": acceptance, "max_new_tokens": 25, "eos_token_ids": EOS}
@@ -87,7 +97,7 @@ def test_eos_ends_the_output(model, name):
     assert out.tokens.tolist() == told[: told.index(stop) + 1]
 
 
-@pytest.mark.parametrize("name", ["none", *NAMES])
+@pytest.mark.parametrize("name", tiered(lambda name: name in ("none", "medusa", WIDEST), ["none", *NAMES]))
 def test_a_batch_gives_each_prompt_what_it_gets_alone(model, name):
     drafter = None if name == "none" else drafters(sj.Tree.cartesian((2, 2)))[name]
     rng = np.random.default_rng(1)

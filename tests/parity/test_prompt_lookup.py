@@ -10,6 +10,7 @@ from specjax.studies.prompt_lookup import PromptLookup
 from specjax.studies.runner import run_config
 
 
+@pytest.mark.full
 def test_both_sides_say_the_same_in_fewer_forwards(checkpoint, tmp_path):
     settings = {"name": "tiny", "model": str(checkpoint), "category": "chat", "max_new_tokens": 40}
     assert run_config(PromptLookup(**settings, prompts=3, drafts=(4, 2)), tmp_path, Console(quiet=True)) == 0

@@ -2,11 +2,13 @@
 
 import io
 
+import pytest
 from rich.console import Console
 
 from specjax.studies.torch_step import TorchStep
 
 
+@pytest.mark.full
 def test_both_sides_take_the_same_steps(checkpoint, tmp_path):
     config = TorchStep(
         name="x", model=str(checkpoint), reduced_vocab_size=200, num_heads=3, batch_size=96, steps=6, repeats=2,

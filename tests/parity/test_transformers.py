@@ -123,6 +123,7 @@ def test_prefill(pair):
     _close(logits, _logits(theirs, TOKENS))
 
 
+@pytest.mark.full
 def test_layer_by_layer(pair):
     theirs, model = pair
     config, states = model.config, _theirs(theirs, TOKENS).hidden_states
@@ -134,6 +135,7 @@ def test_layer_by_layer(pair):
     _close(out.features, states[-1][0].numpy())
 
 
+@pytest.mark.full
 def test_cached_step_by_step(pair):
     theirs, model = pair
     cache, steps = kv.zeros(model.config, LENGTH), []
@@ -144,6 +146,7 @@ def test_cached_step_by_step(pair):
     _close(np.stack(steps), _logits(theirs, TOKENS))
 
 
+@pytest.mark.full
 def test_every_node_of_a_tree(pair):
     theirs, model = pair
     prefix, nodes = TOKENS[:10], TOKENS[10 : 10 + len(PARENTS)]
@@ -164,6 +167,7 @@ def test_every_node_of_a_tree(pair):
 SAVED = ModelConfig("llama", 67, 32, 48, 2, 4, 2, 8, max_positions=64, eos_token_ids=(3, 5), bos_token_id=1)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "change",
     [
@@ -200,6 +204,7 @@ TEXTS = (
 )
 
 
+@pytest.mark.full
 def test_smollm2_tokenizer(smollm2):
     # transformers ignores `tokenizer.ggml.pre`, so it would merge spaces before a digit as GPT-2 does; no text here has
     # several of them. tests/loading/test_tokenizer.py holds that case.
@@ -218,6 +223,7 @@ def test_smollm2_tokenizer(smollm2):
             assert ours.apply_chat_template(messages, add_generation_prompt=prompt) == expected
 
 
+@pytest.mark.full
 def test_qwen2_tokenizer_from_gguf_and_from_hf(tmp_path):
     trained = tokenizers.Tokenizer(tokenizers.models.BPE())
     trained.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -248,6 +254,7 @@ def test_qwen2_tokenizer_from_gguf_and_from_hf(tmp_path):
         assert ours.apply_chat_template(messages) == expected
 
 
+@pytest.mark.full
 def test_generation_config_ends_the_answer(tmp_path):
     config = _llama(eos_token_id=7)
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)

@@ -149,6 +149,7 @@ def shipped():
     return RankTable.load(packaged_ranks("smollm2-135m-instruct"))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("direction", [0, 1])
 def test_joint_is_not_worse_than_independent_on_the_other_half_of_the_shipped_table(shipped, direction):
     # With a margin of three standard errors in `validated` it would lose at 16 and 25 nodes, with two also at others.
@@ -164,10 +165,22 @@ def test_joint_is_not_worse_than_independent_on_the_other_half_of_the_shipped_ta
     assert (gain > 0) == (direction == 1)  # at 43 nodes
 
 
+@pytest.mark.parametrize("size", [4, 6])
+def test_searches_agree_on_the_other_half_of_the_shipped_table_where_trees_are_small(shipped, size):
+    """For the fast tier: two sizes of the tests above and below."""
+    for direction in (0, 1):
+        searched, held_out = (shipped.select(lambda i, side=side: i % 2 == side) for side in (direction, 1 - direction))
+        trees = [SEARCHES[name](searched, size, Limits()) for name in ("independent", "joint", "walk")]
+        independent, joint, walk = (rounds.sum() for rounds in rounds_by_sequence(held_out, trees))
+        assert joint <= independent
+        assert walk <= independent
+
+
 def test_the_usual_medusa_tree_is_the_searchs(shipped):
     assert sj.Tree.parse(DEFAULT_TREES["medusa"]) == SEARCHES["walk"](shipped, 6, Limits())
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("direction", [0, 1])
 def test_joint_is_not_worse_on_the_other_half_of_the_small_qwen2s_table(direction):
     """Too little text for joint laws: the independent tree stays. With three standard errors some others win."""

@@ -88,6 +88,7 @@ def test_prompts_that_cannot_be_answered(model):
         ask([[1] * 500], 20)
 
 
+@pytest.mark.full
 def test_user_turns_are_text_without_markers(smollm2):
     turns = user_turns(smollm2, 6, key=jax.random.key(3), max_tokens=24)
     assert turns == user_turns(smollm2, 6, key=jax.random.key(3), max_tokens=24)

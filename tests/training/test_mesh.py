@@ -86,6 +86,7 @@ def eight(tmp_path_factory):
     return {record["job"]: record for record in records}, directory
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("shape", MESHES)
 def test_eight_devices_give_the_losses_of_one(single, eight, shape):
     record = eight[0][f"{shape}:{shape}"]
@@ -98,6 +99,7 @@ def test_eight_devices_give_the_losses_of_one(single, eight, shape):
     np.testing.assert_allclose(ours["losses"], theirs["losses"], atol=2e-5)  # rounded to five places
 
 
+@pytest.mark.full
 def test_two_processes_give_the_losses_of_one(single, tmp_path):
     at = coordinator()
     both = finish([start(1, tmp_path, "run:2x1", at, 2, i) for i in range(2)])
@@ -110,6 +112,7 @@ def test_two_processes_give_the_losses_of_one(single, tmp_path):
     assert again.log == both[0][0]["log"]
 
 
+@pytest.mark.full
 def test_hosts_with_disks_of_their_own_are_told_so(tmp_path):
     """One name, two disks: both processes stop before the first step."""
     roots = [tmp_path / name for name in ("here", "there")]
@@ -125,6 +128,7 @@ def test_hosts_with_disks_of_their_own_are_told_so(tmp_path):
     assert not any((root / "run" / "log.jsonl").exists() for root in roots)
 
 
+@pytest.mark.full
 def test_a_checkpoint_of_one_mesh_is_restored_on_others(eight):
     """Saved under (4, 2), restored under (2, 4) and on this process's one device, where nothing is left to do."""
     records, directory = eight

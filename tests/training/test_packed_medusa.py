@@ -172,7 +172,7 @@ def test_the_ramp():
     assert float(MEDUSA1.ramp(jnp.float32(0))) == 1
 
 
-@pytest.mark.parametrize("reduced", [None, 20])
+@pytest.mark.parametrize("reduced", [pytest.param(None, marks=pytest.mark.full), 20])
 def test_an_evaluation_is_that_of_the_cached_trainer(model, reduced, monkeypatch):
     """On packed rows, in chunks, over two shards: ranks, losses and tokens per round of each turn on its own.
 
@@ -222,6 +222,7 @@ def test_an_evaluation_is_that_of_the_cached_trainer(model, reduced, monkeypatch
     assert expected["tokens_per_round"] > 1
 
 
+@pytest.mark.full
 def test_medusa2_fits_backbone_and_heads(tmp_path):
     """On text that the target does not know yet: the loss falls, the frozen weights stay, the export is the model."""
     model = tiny_model(stddev=0.3, num_layers=1)

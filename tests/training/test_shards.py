@@ -86,6 +86,7 @@ make_corpus(sj.load_model(checkpoint), data, Console(quiet=True))
 """
 
 
+@pytest.mark.full
 def test_kills_lose_and_duplicate_nothing(tiny, prompts, checkpoint, whole, tmp_path):
     def run(deadly):
         return subprocess.Popen([sys.executable, "-c", CHILD, tmp_path, prompts, checkpoint, str(deadly)])

@@ -54,6 +54,7 @@ def losses(directory):
     return {r["step"]: r["loss"] for r in records if "loss" in r}
 
 
+@pytest.mark.full
 def test_five_kills_change_nothing(tmp_path):
     """SIGKILL at five random moments, each resumed: the same losses and averaged weights as one run.
 
@@ -114,6 +115,7 @@ run(root / ("begun" if process else "new"), {"text": 0})
 """
 
 
+@pytest.mark.full
 def test_hosts_with_other_text_or_checkpoints_are_refused(tmp_path):
     """By all of them, before the first step."""
     run_steps(add, START, counting(), steps=3, directory=tmp_path / "begun", checkpoint_every=3, settings={"text": 0})
@@ -166,6 +168,7 @@ for _ in range(2 if sys.argv[2] == "works" else 1):  # a mark of before does not
 """
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("outcome", "said"),
     [

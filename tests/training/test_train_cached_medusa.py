@@ -103,6 +103,7 @@ def test_the_record_is_complete(fitted):
     )
 
 
+@pytest.mark.full
 def test_going_on_from_heads_and_averaging(fitted, tmp_path, monkeypatch):
     directory, config, result, _ = fitted
     training = CachedMedusaConfig(
@@ -193,7 +194,11 @@ def test_what_needs_no_text_to_be_told_is_told_before_it_is_made(chat_model, tmp
 
 
 @pytest.mark.parametrize(
-    ("module", "name"), [(train_random, "train_tiny_qwen2"), (train_draft_heads, "train_smollm2_draft_medusa")]
+    ("module", "name"),
+    [
+        (train_random, "train_tiny_qwen2"),
+        pytest.param(train_draft_heads, "train_smollm2_draft_medusa", marks=pytest.mark.full),
+    ],
 )
 def test_other_text_is_not_made_either(tmp_path, monkeypatch, module, name):
     monkeypatch.setattr(module, "answer", lambda *args, **options: pytest.fail("the text was made"))
@@ -236,6 +241,7 @@ def test_qwen2_5_without_a_network(tmp_path, monkeypatch):
         run(config, tmp_path / "out")
 
 
+@pytest.mark.full
 def test_the_draft_models_own_heads(tmp_path):
     """The experiment that made them, on less text: prompts in another model's tokens, and heads that load."""
     config = load_config(EXPERIMENTS / "train_smollm2_draft_medusa.py")

@@ -160,6 +160,7 @@ def test_the_result_is_complete(alone):
     assert {len(steps), result["step"]} <= kept
 
 
+@pytest.mark.full
 def test_kills_change_nothing(experiment, alone, tmp_path):
     """SIGKILL at two random steps, each resumed: every loss and the weights are the uninterrupted run's, exactly."""
     out, (whole, result) = tmp_path / "out", alone
@@ -193,6 +194,7 @@ def get_config():
 """
 
 
+@pytest.mark.full
 def test_going_on_from_heads(target, experiment, alone, tmp_path, capsys, monkeypatch):
     """Two stages, each from heads that there are, whose number and vocabulary hold: Medusa-1, then Medusa-2."""
     whole, result = alone
@@ -302,6 +304,7 @@ def test_what_needs_no_text_to_be_told_is_told_before_it_is_made(
     assert not text.exists()
 
 
+@pytest.mark.full
 def test_two_hosts_give_the_result_of_one(experiment, tmp_path):
     """Process 0 makes the text, taking longer than XLA:CPU waits for a first collective, and writes the result.
 
