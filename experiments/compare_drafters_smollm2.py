@@ -46,7 +46,7 @@ DRAFTERS: dict[str, dict[str, Any]] = {
     "draft tree": {"drafter": "draft", "tree": "cartesian:3,1"},
     "ngram": {"drafter": "ngram", "tree": "chain:7"},
     "medusa": {"drafter": "medusa", "tree": "paths:0,1,0.0"},
-    "ngram+medusa": {"drafter": "ngram+medusa", "tree": "chain:4+paths:0,1,0.0", "min_n": 2, "reach": ()},
+    "ngram+medusa": {"drafter": "ngram+medusa", "tree": "chain:4+paths:0,1,0.0", "options": {"min_n": 2, "reach": ()}},
     "medusa+draft": {"drafter": "medusa+draft", "tree": "paths:0,1,0.0+cartesian:2,1"},
 }
 

@@ -39,7 +39,9 @@ def get_config() -> DecodeExperiment:
         for length, reach in CHAINS:
             name = f"{length} copied {'-'.join(map(str, reach))}, {nodes} nodes"
             methods.append(
-                Method(name, heads=HEADS, drafter="ngram+medusa", tree=f"chain:{length}+{tree}", reach=reach)
+                Method(
+                    name, heads=HEADS, drafter="ngram+medusa", tree=f"chain:{length}+{tree}", options={"reach": reach}
+                )
             )
     return DecodeExperiment(
         name="hybrid_trees_smollm2",

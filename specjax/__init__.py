@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from specjax.acceptance import Greedy, Sample, Typical
-    from specjax.decode import Generation, Round, generate, generate_batch, stream
-    from specjax.drafters.base import Context, Drafter
+    from specjax.batch import generate_batch
+    from specjax.decode import Generation, Round, generate, stream
+    from specjax.drafters.base import Context, Drafter, DrafterBase
     from specjax.drafters.draft_model import DraftModelDrafter
     from specjax.drafters.hybrid import HybridDrafter
     from specjax.drafters.medusa import MedusaDrafter
     from specjax.drafters.ngram import NgramDrafter
+    from specjax.drafters.registry import register_drafter
     from specjax.errors import CheckpointError, ConfigError, DataError, PromptError, SpecJaxError, TreeError
     from specjax.heads import Heads, MedusaConfig
     from specjax.loading.head_files import load_heads, save_heads
@@ -33,6 +35,7 @@ _HOMES = {
     "DataError": "specjax.errors",
     "DraftModelDrafter": "specjax.drafters.draft_model",
     "Drafter": "specjax.drafters.base",
+    "DrafterBase": "specjax.drafters.base",
     "Generation": "specjax.decode",
     "Greedy": "specjax.acceptance",
     "Heads": "specjax.heads",
@@ -54,10 +57,11 @@ _HOMES = {
     "Typical": "specjax.acceptance",
     "Verdict": "specjax.proposal",
     "generate": "specjax.decode",
-    "generate_batch": "specjax.decode",
+    "generate_batch": "specjax.batch",
     "load_draft": "specjax.loading.load",
     "load_heads": "specjax.loading.head_files",
     "load_model": "specjax.loading.load",
+    "register_drafter": "specjax.drafters.registry",
     "save_heads": "specjax.loading.head_files",
     "stream": "specjax.decode",
 }
@@ -69,6 +73,7 @@ __all__ = [
     "DataError",
     "DraftModelDrafter",
     "Drafter",
+    "DrafterBase",
     "Generation",
     "Greedy",
     "Heads",
@@ -93,6 +98,7 @@ __all__ = [
     "load_draft",
     "load_heads",
     "load_model",
+    "register_drafter",
     "save_heads",
     "stream",
 ]

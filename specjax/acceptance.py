@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from specjax import ops
 from specjax.errors import ConfigError
 from specjax.proposal import NO_DRAFT, Proposal, Verdict
-from specjax.sampling import check, check_temperature, cooled, warp
+from specjax.sampling import Sampling, check_temperature, cooled
 from specjax.tree import Tree
 
 
@@ -97,7 +97,13 @@ class Sample:
     lossless: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check(self.temperature, self.top_k, self.top_p)
+        check_temperature(self.temperature)
+        self.sampling  # noqa: B018  # checks top-k and top-p
+
+    @property
+    def sampling(self) -> Sampling:
+        """The description of what is drawn from."""
+        return Sampling(self.temperature, self.top_k, self.top_p)
 
     @property
     def needs_key(self) -> bool:
@@ -105,7 +111,7 @@ class Sample:
         return True
 
     def __call__(self, logits: Float[Array, "M V"], proposal: Proposal, tree: Tree, key: jax.Array) -> Verdict:
-        warped = warp(logits, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
+        warped = self.sampling.warp(logits)
         if proposal.log_q is None or tree.max_depth == 0:
             noise = jax.random.gumbel(key, (tree.max_depth + 1, warped.shape[-1]))
             return _follow(ops.top_token(warped + noise[tree.depths]), proposal.tokens, tree)
@@ -190,3 +196,20 @@ class Typical:
         else:
             next_token = ops.top_token(logits[node])
         return Verdict(node, depths[node], next_token)
+
+
+def acceptance_for(
+    temperature: float = 0.0, top_k: int | None = None, top_p: float = 1.0, *, typical: bool = False
+) -> Greedy | Sample | Typical:
+    """The rule that settings ask for, as the command line, experiments and text generation give them.
+
+    Greedy at temperature 0 and sampling above; or typical acceptance, at its own temperature where none is given.
+
+    Raises:
+      ConfigError: a parameter outside its range, or one that the rule does not have.
+    """
+    if typical:
+        Sampling(1.0, top_k, top_p).refuse_warping("typical acceptance has none: choose one of the two")
+        return Typical(temperature) if temperature else Typical()
+    sampling = Sampling(temperature, top_k, top_p)
+    return Sample(temperature, top_k, top_p) if sampling.temperature else Greedy()

@@ -5,47 +5,24 @@
 for those who time or batch them. What is traced stands in `specjax.loop`.
 """
 
-import dataclasses
-import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Int
 
 from specjax.acceptance import Acceptance, Greedy
 from specjax.checks import check_implements, check_is, is_whole
 from specjax.drafters.base import Drafter, NoDrafter
 from specjax.errors import ConfigError, PromptError
 from specjax.loading.load import Model
-from specjax.loop import State, batch_loop, begin, loop, round_, start
-from specjax.target.cache import KVCache
+from specjax.loop import Plan, State, decode_round, first_token, run_rounds
 from specjax.target.config import ModelConfig
 from specjax.target.model import PREFILL_CHUNK, read
-from specjax.target.params import Params
-
-__all__ = [
-    "Generation",
-    "Round",
-    "State",
-    "batch_loop",
-    "begin",
-    "capacity_for",
-    "decode",
-    "generate",
-    "generate_batch",
-    "loop",
-    "prefill",
-    "read_prompt",
-    "round_",
-    "start",
-    "stream",
-    "summarise",
-]
 
 
 @dataclass(frozen=True)
@@ -84,72 +61,71 @@ class Round:
     accepted: int
 
 
-_STATIC = ("config", "acceptance")
+class RequestOptions(TypedDict, total=False):
+    """What a request may say, for `generate`, `generate_batch`, `stream` and `prefill` alike.
+
+    Attributes:
+      drafter: None decodes autoregressively (the baseline).
+      acceptance: `Greedy()` by default. `Typical(...)` is not lossless.
+      max_new_tokens: the budget, 0 or more; 128 by default.
+      key: a PRNG key, needed by rules that sample; `generate_batch` takes one per prompt as `keys` in its place.
+      eos_token_ids: stop tokens; by default the checkpoint's. `()` never stops early.
+      capacity: cache slots; by default the next power of two that fits. Fix it to compile once over varied requests.
+    """
+
+    drafter: Drafter | None
+    acceptance: Acceptance | None
+    max_new_tokens: int
+    key: jax.Array | None
+    eos_token_ids: Sequence[int] | None
+    capacity: int | None
+
+
 _NO_TOKEN = -1  # a stop token that never comes
 # The target reads a prompt in a program of its own: drafters share it, and the time that it takes to compile.
 read_prompt = jax.jit(read, static_argnames="config")
-_read_prompts = jax.jit(jax.vmap(read, in_axes=(None, None, 0, 0)), static_argnums=1)
-_begin = jax.jit(begin, static_argnames="acceptance", donate_argnames="cache")
-_loop = jax.jit(loop, static_argnames=_STATIC)
-_round = jax.jit(round_, static_argnames=_STATIC, donate_argnames="state")  # streaming owns its state
-
-
-@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="caches")
-def _batch(
-    params: Params,
-    config: ModelConfig,
-    drafter: Drafter,
-    acceptance: Acceptance,
-    eos: tuple[int, ...],
-    tokens: Int[Array, "B S"],
-    lengths: Int[Array, "B"],
-    limits: Int[Array, "B"],
-    keys: jax.Array,
-    features: Float[Array, "B D"],
-    caches: KVCache,
-) -> State:
-    first = functools.partial(begin, params, drafter, acceptance, eos)
-    states = jax.vmap(first)(tokens, lengths, limits, keys, features, caches)
-    return batch_loop(params, config, drafter, acceptance, eos, states)
+_first_token = jax.jit(first_token, donate_argnames="cache")
+_run_rounds = jax.jit(run_rounds)
+_decode_round = jax.jit(decode_round, donate_argnames="state")  # streaming owns its state
 
 
 @dataclass(frozen=True)
-class _Request:
-    """Checked arguments. `plan` is what every traced function begins with; the arrays are per prompt."""
+class Request:
+    """Checked arguments: one plan, and arrays with a row per prompt.
 
-    plan: tuple[Params, ModelConfig, Drafter, Acceptance, tuple[int, ...]]
-    tokens: np.ndarray  # [B S]
-    lengths: np.ndarray  # [B]
-    limits: np.ndarray  # [B]
+    Attributes:
+      new_tokens: the budget.
+    """
+
+    plan: Plan
+    tokens: Int[np.ndarray, "B S"]
+    lengths: Int[np.ndarray, "B"]
+    new_tokens: int
+
+    @property
+    def limits(self) -> Int[np.ndarray, "B"]:
+        """Where decoding ends, prompt included."""
+        return self.lengths + np.int32(self.new_tokens)
 
 
-def prefill(
-    model: Model,
-    prompt_ids: Sequence[int] | np.ndarray,
-    *,
-    drafter: Drafter | None = None,
-    acceptance: Acceptance | None = None,
-    max_new_tokens: int = 128,
-    key: jax.Array | None = None,
-    eos_token_ids: Sequence[int] | None = None,
-    capacity: int | None = None,
-) -> State:
+def prefill(model: Model, prompt_ids: Sequence[int] | np.ndarray, **options: Unpack[RequestOptions]) -> State:
     """Checks the request, processes the prompt and commits the first token. The arguments are `generate`'s.
 
     Raises:
       PromptError: additionally to `generate`'s, a `max_new_tokens` of 0 (there is nothing to prefill for).
     """
-    request = _check(model, [prompt_ids], drafter, acceptance, max_new_tokens, eos_token_ids, capacity)
-    if max_new_tokens == 0:
+    request = check_request(model, [prompt_ids], options)
+    key = check_key(options.get("key"), request.plan.acceptance)
+    if request.new_tokens == 0:
         raise PromptError("max_new_tokens is 0; a prefill commits one token already.")
-    return _prefill(request, _check_key(key, acceptance))
+    return _prefill(request, key)
 
 
-def _prefill(request: _Request, key: jax.Array) -> State:
-    params, config, *rules = request.plan
+def _prefill(request: Request, key: jax.Array) -> State:
+    plan = request.plan
     tokens, length, limit = jnp.asarray(request.tokens[0]), jnp.int32(request.lengths[0]), jnp.int32(request.limits[0])
-    features, cache = read_prompt(params, config, tokens, length)
-    return _begin(params, *rules, tokens, length, limit, key, features, cache)
+    features, cache = read_prompt(plan.params, plan.config, tokens, length)
+    return _first_token(plan, tokens, length, limit, key, features, cache)
 
 
 def decode(
@@ -162,8 +138,14 @@ def decode(
 ) -> State:
     """Runs a prefilled state to its end, on the device. Pass the drafter and acceptance that the prefill had."""
     drafter, acceptance = _check_rules(drafter, acceptance)
-    ready = drafter.prepare(model.params)
-    return _loop(model.params, model.config, ready, acceptance, _check_eos(model.config, eos_token_ids), state)
+    return _run_rounds(plan_for(model, drafter, acceptance, eos_token_ids), state)
+
+
+def plan_for(
+    model: Model, drafter: Drafter, acceptance: Acceptance, eos_token_ids: Sequence[int] | None = None
+) -> Plan:
+    """What traced functions take, made ready on the host."""
+    return Plan(model.params, drafter, _check_eos(model.config, eos_token_ids), model.config, acceptance).ready()
 
 
 def summarise(state: State) -> Generation:
@@ -174,103 +156,43 @@ def summarise(state: State) -> Generation:
     return Generation(np.asarray(tokens[begin:end]), np.asarray(accepted[:rounds]))
 
 
-def generate(
-    model: Model,
-    prompt_ids: Sequence[int] | np.ndarray,
-    *,
-    drafter: Drafter | None = None,
-    acceptance: Acceptance | None = None,
-    max_new_tokens: int = 128,
-    key: jax.Array | None = None,
-    eos_token_ids: Sequence[int] | None = None,
-    capacity: int | None = None,
-) -> Generation:
+def generate(model: Model, prompt_ids: Sequence[int] | np.ndarray, **options: Unpack[RequestOptions]) -> Generation:
     """Decodes exactly `max_new_tokens` tokens, or up to and including the first EOS.
 
     Args:
       model: the target.
       prompt_ids: token ids, at least one.
-      drafter: None decodes autoregressively (the baseline).
-      acceptance: `Greedy()` by default. `Typical(...)` is not lossless.
-      max_new_tokens: the budget, 0 or more.
-      key: a PRNG key; needed by rules that sample.
-      eos_token_ids: stop tokens; by default the checkpoint's. `()` never stops early.
-      capacity: cache slots; by default the next power of two that fits. Fix it to compile once over varied requests.
+      options: of `RequestOptions`: drafter, acceptance, max_new_tokens, key, eos_token_ids, capacity.
 
     Raises:
       PromptError: an empty or out-of-vocabulary prompt, a budget, key, stop token or capacity that is none, or
         a request beyond the model's or the draft model's context.
-      ConfigError: a drafter or an acceptance rule that lacks members of its protocol, or a class in its place; while
-        tracing, a drafter that proposes in other shapes than its tree and the target's vocabulary have.
+      ConfigError: an option that there is not; a drafter or an acceptance rule that lacks members of its protocol, or a
+        class in its place; while tracing, a drafter that proposes in other shapes than its tree and the target's
+        vocabulary have.
       SpecJaxError: whatever `drafter.check` finds.
     """
-    request = _check(model, [prompt_ids], drafter, acceptance, max_new_tokens, eos_token_ids, capacity)
-    key = _check_key(key, acceptance)
-    if max_new_tokens == 0:
-        return _nothing()
-    return summarise(_loop(*request.plan, _prefill(request, key)))
+    request = check_request(model, [prompt_ids], options)
+    key = check_key(options.get("key"), request.plan.acceptance)
+    if request.new_tokens == 0:
+        return nothing()
+    return summarise(_run_rounds(request.plan, _prefill(request, key)))
 
 
-def generate_batch(
-    model: Model,
-    prompts: Sequence[Sequence[int] | np.ndarray],
-    *,
-    drafter: Drafter | None = None,
-    acceptance: Acceptance | None = None,
-    max_new_tokens: int = 128,
-    keys: jax.Array | None = None,
-    eos_token_ids: Sequence[int] | None = None,
-    capacity: int | None = None,
-) -> list[Generation]:
-    """`generate` for prompts of any lengths at once, by `vmap`: in float32 each member gets what it would get alone.
-
-    In bfloat16 a batch takes other matrix products, whose rounding differs, so that near-ties can flip. A batch takes
-    as many rounds as its slowest member. The arguments are `generate`'s, but for:
-
-    Args:
-      prompts: token ids, at least one prompt.
-      keys: one PRNG key per prompt [B], `jax.random.split(key, B)`; needed by rules that sample.
-
-    Raises:
-      PromptError: no prompts, another number of keys, or what `generate` refuses about any of them.
-      SpecJaxError: whatever `drafter.check` finds.
-    """
-    if len(prompts) == 0:
-        raise PromptError("there are no prompts; pass at least one.")
-    request = _check(model, prompts, drafter, acceptance, max_new_tokens, eos_token_ids, capacity)
-    keys = _check_key(keys, acceptance, len(prompts))
-    if max_new_tokens == 0:
-        return [_nothing() for _ in prompts]
-    tokens, lengths, limits = (jnp.asarray(x) for x in (request.tokens, request.lengths, request.limits))
-    features, caches = _read_prompts(model.params, model.config, tokens, lengths)
-    states = _batch(*request.plan, tokens, lengths, limits, keys, features, caches)
-    slim = dataclasses.replace(states, cache=None, draft=None, features=None, key=None)  # type: ignore[arg-type]
-    return [summarise(jax.tree.map(lambda leaf, i=i: leaf[i], slim)) for i in range(len(prompts))]
-
-
-def stream(
-    model: Model,
-    prompt_ids: Sequence[int] | np.ndarray,
-    *,
-    drafter: Drafter | None = None,
-    acceptance: Acceptance | None = None,
-    max_new_tokens: int = 128,
-    key: jax.Array | None = None,
-    eos_token_ids: Sequence[int] | None = None,
-    capacity: int | None = None,
-) -> Iterator[Round]:
+def stream(model: Model, prompt_ids: Sequence[int] | np.ndarray, **options: Unpack[RequestOptions]) -> Iterator[Round]:
     """`generate`, round by round: the same tokens for the same arguments, with one host sync per round.
 
     The first item is the prefill's token. Arguments and errors are `generate`'s; errors are raised by the call, before
     the first item is asked for. For text, and to end at stop strings, feed the rounds to a `TextStream`.
     """
-    request = _check(model, [prompt_ids], drafter, acceptance, max_new_tokens, eos_token_ids, capacity)
-    key = _check_key(key, acceptance)
-    return iter(()) if max_new_tokens == 0 else _stream(request, key)
+    request = check_request(model, [prompt_ids], options)
+    key = check_key(options.get("key"), request.plan.acceptance)
+    return iter(()) if request.new_tokens == 0 else _stream(request, key)
 
 
-def _stream(request: _Request, key: jax.Array) -> Iterator[Round]:
-    state, seen, width = _prefill(request, key), int(request.lengths[0]), request.plan[2].tree.max_depth + 1
+def _stream(request: Request, key: jax.Array) -> Iterator[Round]:
+    state, seen = _prefill(request, key), int(request.lengths[0])
+    width = request.plan.drafter.tree.max_depth + 1
     while True:
         fresh = jax.lax.dynamic_slice(state.tokens, (seen,), (width,))
         fresh, length, confirmed, finished = jax.device_get((fresh, state.length, state.confirmed, state.finished))
@@ -278,10 +200,11 @@ def _stream(request: _Request, key: jax.Array) -> Iterator[Round]:
         if finished:
             return
         seen = int(length)
-        state = _round(*request.plan, state)
+        state = _decode_round(request.plan, state)
 
 
-def _nothing() -> Generation:
+def nothing() -> Generation:
+    """No tokens in no rounds."""
     return Generation(np.zeros(0, np.int32), np.zeros(0, np.int32))
 
 
@@ -294,30 +217,32 @@ def capacity_for(prompt: int, new: int, depth: int) -> int:
     return math.ceil((prompt + new + depth + 1) / PREFILL_CHUNK) * PREFILL_CHUNK
 
 
-def _check(
-    model: Model,
-    prompts: Sequence[Sequence[int] | np.ndarray],
-    drafter: Drafter | None,
-    acceptance: Acceptance | None,
-    max_new_tokens: int,
-    eos_token_ids: Sequence[int] | None,
-    capacity: int | None,
-) -> _Request:
+def check_request(model: Model, prompts: Sequence[Sequence[int] | np.ndarray], options: Mapping[str, Any]) -> Request:
+    """A request's arguments, checked on the host, with what stands for those that are not given; but for the key.
+
+    Raises:
+      As `generate`.
+    """
+    if unknown := options.keys() - RequestOptions.__annotations__:
+        raise ConfigError(
+            f"there is no option {min(unknown)!r} of a request; expected some of "
+            f"{', '.join(RequestOptions.__annotations__)}."
+        )
     check_is(model, Model, "the model", "load_model(SOURCE) gives one, load_draft(SOURCE) one and its token_map.")
-    drafter, acceptance = _check_rules(drafter, acceptance)
+    drafter, acceptance = _check_rules(options.get("drafter"), options.get("acceptance"))
     checked = [_check_prompt(prompt, model.config) for prompt in prompts]
-    if not is_whole(max_new_tokens) or max_new_tokens < 0:
-        raise PromptError(f"max_new_tokens is {max_new_tokens!r}; expected a whole number, 0 or more.")
+    new = options.get("max_new_tokens", 128)
+    if not is_whole(new) or new < 0:
+        raise PromptError(f"max_new_tokens is {new!r}; expected a whole number, 0 or more.")
     drafter.check(model)
     for nodes in drafter.subtrees:
         drafter.tree.subtree(nodes)
     lengths = np.array([len(prompt) for prompt in checked], np.int32)
-    tokens = np.zeros((len(checked), _slots(int(lengths.max()), max_new_tokens, drafter, model, capacity)), np.int32)
+    slots = _slots(int(lengths.max()), new, drafter, model, options.get("capacity"))
+    tokens = np.zeros((len(checked), slots), np.int32)
     for row, prompt in zip(tokens, checked, strict=True):
         row[: len(prompt)] = prompt
-    eos = _check_eos(model.config, eos_token_ids)
-    plan = (model.params, model.config, drafter.prepare(model.params), acceptance, eos)
-    return _Request(plan, tokens, lengths, lengths + np.int32(max_new_tokens))
+    return Request(plan_for(model, drafter, acceptance, options.get("eos_token_ids")), tokens, lengths, new)
 
 
 def _check_rules(drafter: Drafter | None, acceptance: Acceptance | None) -> tuple[Drafter, Acceptance]:
@@ -383,11 +308,11 @@ def _check_eos(config: ModelConfig, asked: Sequence[int] | None) -> tuple[int, .
     return (*ids.tolist(), *[_NO_TOKEN] * (len(config.eos_token_ids) - len(ids)))
 
 
-def _check_key(key: Any, acceptance: Acceptance | None, batch: int | None = None) -> jax.Array:
+def check_key(key: Any, acceptance: Acceptance, batch: int | None = None) -> jax.Array:
     """The key, or for a batch the keys; rules that draw nothing get some where none are given."""
     remedy = "key=jax.random.key(seed)" if batch is None else f"keys=jax.random.split(jax.random.key(seed), {batch})"
     if key is None:
-        if acceptance is not None and acceptance.needs_key:
+        if acceptance.needs_key:
             raise PromptError(f"{acceptance} draws random numbers; pass {remedy}.")
         return jax.random.key(0) if batch is None else jax.random.split(jax.random.key(0), batch)
     if isinstance(key, jax.Array) and key.dtype == jnp.uint32:  # as jax.random.PRNGKey makes them

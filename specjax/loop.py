@@ -6,7 +6,7 @@ tree of one node.
 
 import dataclasses
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -24,6 +24,30 @@ from specjax.target.config import ModelConfig
 from specjax.target.model import forward, read, unembed
 from specjax.target.params import Params
 from specjax.tree import Tree
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Plan:
+    """What is decoded with, and how: the same for every prompt of a request.
+
+    Attributes:
+      params: the target's weights.
+      drafter: prepared or not; `ready` prepares it.
+      eos: stop tokens, as data: one program serves several lists of one length.
+      config: the target (static).
+      acceptance: the rule (static).
+    """
+
+    params: Params
+    drafter: Drafter
+    eos: tuple[Any, ...]
+    config: ModelConfig = field(metadata={"static": True})
+    acceptance: Acceptance = field(metadata={"static": True})
+
+    def ready(self) -> "Plan":
+        """With what the drafter computes once for all sequences."""
+        return dataclasses.replace(self, drafter=self.drafter.prepare(self.params))
 
 
 @jax.tree_util.register_dataclass
@@ -50,16 +74,7 @@ class State:
         return Context(self.tokens, self.length, self.features)
 
 
-def round_(
-    params: Params,
-    config: ModelConfig,
-    drafter: Drafter,
-    acceptance: Acceptance,
-    eos: tuple[int, ...],
-    state: State,
-    *,
-    batch_axis: str | None = None,
-) -> State:
+def decode_round(plan: Plan, state: State, *, batch_axis: str | None = None) -> State:
     """One round: draft, verify in one target forward, accept, commit. Pure and unbatched.
 
     On a finished state it commits nothing, so that a batch may go on until its last member is finished. The whole tree
@@ -70,13 +85,13 @@ def round_(
       batch_axis: the name of the axis that a `vmap` of this has: the members then read one subtree, which holds the
         drafts of all unfinished ones. Without the name, `vmap` makes each of them read every subtree.
     """
-    drafter = drafter.prepare(params)
-    return commit(drafter, eos, state, look(params, config, drafter, acceptance, state, batch_axis=batch_axis))
+    plan = plan.ready()
+    return commit(plan, state, draft_and_verify(plan, state, batch_axis=batch_axis))
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Look:
+class VerifiedDrafts:
     """What the first half of a round finds. Nodes outside the subtree that was read hold zeros."""
 
     key: jax.Array  # for the next round
@@ -87,39 +102,32 @@ class Look:
     verdict: Verdict
 
 
-def look(
-    params: Params,
-    config: ModelConfig,
-    drafter: Drafter,
-    acceptance: Acceptance,
-    state: State,
-    *,
-    batch_axis: str | None = None,
-) -> Look:
-    """Drafts, verifies and accepts, as `round_` says; `drafter` is prepared."""
+def draft_and_verify(plan: Plan, state: State, *, batch_axis: str | None = None) -> VerifiedDrafts:
+    """Drafts, verifies and accepts, as `decode_round` says; the plan is ready."""
+    drafter, params, vocab = plan.drafter, plan.params, plan.config.vocab_size
     tree = drafter.tree
     key, draft_key, accept_key = jax.random.split(state.key, 3)
     with jax.named_scope("draft"):
         proposal = drafter.propose(params, state.draft, state.context, draft_key)
-        proposal = sound(proposal, state.context.root, tree.size, config.vocab_size)
+        proposal = checked_proposal(proposal, state.context.root, tree.size, vocab)
     with jax.named_scope("verify"):
-        readings = _readings(drafter, params.dtype, batched=batch_axis is not None)
-        verify_nodes = functools.partial(_verify_nodes, params, config, tree, state.cache, proposal)
-        branches = [functools.partial(verify_nodes, *reading) for reading in readings]
-        # For every reading: is there a draft that it would miss?
-        away = np.array([~np.isin(np.arange(tree.size), nodes) for nodes, _ in readings])
+        choices = subtree_choices(drafter, params.dtype, batched=batch_axis is not None)
+        verify_nodes = functools.partial(_verify_nodes, plan, state.cache, proposal)
+        branches = [functools.partial(verify_nodes, *choice) for choice in choices]
+        # For every choice: is there a draft that it would miss?
+        away = np.array([~np.isin(np.arange(tree.size), nodes) for nodes, _ in choices])
         misses = (jnp.any(away & (proposal.tokens != NO_DRAFT), axis=1) & ~state.finished).astype(jnp.int32)
         if batch_axis is not None:
             misses = jax.lax.pmax(misses, batch_axis)
         features, rows, logits = jax.lax.switch(jnp.argmin(misses), branches)
     with jax.named_scope("accept"):
-        verdict = acceptance(logits, proposal, tree, accept_key)
-    return Look(key, proposal, features, rows, logits, verdict)
+        verdict = plan.acceptance(logits, proposal, tree, accept_key)
+    return VerifiedDrafts(key, proposal, features, rows, logits, verdict)
 
 
-def commit(drafter: Drafter, eos: tuple[int, ...], state: State, found: Look) -> State:
+def commit(plan: Plan, state: State, found: VerifiedDrafts) -> State:
     """The second half of a round: what was accepted goes into the text and the caches."""
-    verdict = found.verdict
+    drafter, verdict = plan.drafter, found.verdict
     with jax.named_scope("commit"):
         drafted = jnp.maximum(found.proposal.tokens, 0)  # past the accepted ones there may be nodes without a draft
         path = jnp.asarray(drafter.tree.node_paths)[verdict.node]
@@ -127,7 +135,7 @@ def commit(drafter: Drafter, eos: tuple[int, ...], state: State, found: Look) ->
         # The accepted drafts, then the target's own token; past that garbage.
         fresh = jnp.where(steps == verdict.accepted, verdict.next_token, drafted[jnp.roll(path, -1)])
         budget = jnp.where(state.finished, 0, state.limit - state.length)
-        count, finished = _cut(fresh, verdict.accepted + 1, budget, eos)
+        count, finished = _cut(fresh, verdict.accepted + 1, budget, plan.eos)
         state = dataclasses.replace(
             state,
             tokens=jax.lax.dynamic_update_slice(state.tokens, fresh, (state.length,)),
@@ -144,7 +152,7 @@ def commit(drafter: Drafter, eos: tuple[int, ...], state: State, found: Look) ->
         return dataclasses.replace(state, draft=draft)
 
 
-def sound(proposal: Proposal, root: Int[Array, ""], size: int, vocab: int) -> Proposal:
+def checked_proposal(proposal: Proposal, root: Int[Array, ""], size: int, vocab: int) -> Proposal:
     """The proposal around the true root; what is no token of the target's counts as no draft.
 
     Raises:
@@ -161,12 +169,10 @@ def sound(proposal: Proposal, root: Int[Array, ""], size: int, vocab: int) -> Pr
     return Proposal(jnp.where(known, tokens, NO_DRAFT).astype(jnp.int32).at[0].set(root), log_q)
 
 
-_Verified = tuple[Float[Array, "M D"], kv.Rows, Float[Array, "M V"]]
+_Nodes = tuple[Float[Array, "M D"], kv.Rows, Float[Array, "M V"]]
 
 
-def verify(
-    params: Params, config: ModelConfig, tree: Tree, cache: kv.KVCache, tokens: Int[Array, "M"], size: int
-) -> _Verified:
+def verify(plan: Plan, tree: Tree, cache: kv.KVCache, tokens: Int[Array, "M"], size: int) -> _Nodes:
     """Features, keys and values, and logits of all nodes: the round's target forward, over `size` rows.
 
     Those past the tree's hold token 0, see themselves alone, and are dropped.
@@ -175,12 +181,13 @@ def verify(
     mask = np.eye(size, dtype=bool)
     mask[:nodes, :nodes] = tree.ancestors
     positions = cache.length + np.pad(tree.depths, (0, spare))
-    out = forward(params, config, jnp.pad(tokens, (0, spare)), cache=cache, positions=positions, mask=mask)
+    padded = jnp.pad(tokens, (0, spare))
+    out = forward(plan.params, plan.config, padded, cache=cache, positions=positions, mask=mask)
     rows = kv.Rows(tuple(k[:, :, :nodes] for k in out.rows.k), tuple(v[:, :nodes] for v in out.rows.v))
-    return out.features[:nodes], rows, unembed(params, out.features)[:nodes]
+    return out.features[:nodes], rows, unembed(plan.params, out.features)[:nodes]
 
 
-def _readings(drafter: Drafter, dtype: Any, *, batched: bool) -> list[tuple[tuple[int, ...], int]]:
+def subtree_choices(drafter: Drafter, dtype: Any, *, batched: bool) -> list[tuple[tuple[int, ...], int]]:
     """The sets of nodes that a round may read, each with its number of rows: cheapest first, the whole tree last."""
 
     def rows(nodes: tuple[int, ...]) -> int:
@@ -195,32 +202,25 @@ def _readings(drafter: Drafter, dtype: Any, *, batched: bool) -> list[tuple[tupl
     return [(nodes, rows(nodes)) for nodes in sorted(found, key=rows)]
 
 
-def _verify_nodes(
-    params: Params,
-    config: ModelConfig,
-    tree: Tree,
-    cache: kv.KVCache,
-    proposal: Proposal,
-    nodes: tuple[int, ...],
-    size: int,
-) -> _Verified:
+def _verify_nodes(plan: Plan, cache: kv.KVCache, proposal: Proposal, nodes: tuple[int, ...], size: int) -> _Nodes:
     """`verify` for these nodes alone; zeros stand for the others."""
+    tree = plan.drafter.tree
     tokens = jnp.maximum(proposal.tokens, 0)  # a node without a draft holds any token; no rule accepts it
     if len(nodes) == tree.size:
-        return verify(params, config, tree, cache, tokens, size)
+        return verify(plan, tree, cache, tokens, size)
     where = np.array(nodes)
 
     def spread(x: Array, axis: int) -> Array:
         shape = (*x.shape[:axis], tree.size, *x.shape[axis + 1 :])
         return jnp.zeros(shape, x.dtype).at[(slice(None),) * axis + (where,)].set(x)
 
-    features, rows, logits = verify(params, config, tree.subtree(nodes), cache, tokens[where], size)
+    features, rows, logits = verify(plan, tree.subtree(nodes), cache, tokens[where], size)
     rows = kv.Rows(tuple(spread(k, 2) for k in rows.k), tuple(spread(v, 1) for v in rows.v))
     return spread(features, 0), rows, spread(logits, 0)
 
 
 def _cut(
-    fresh: Int[Array, "E1"], count: Int[Array, ""], budget: Int[Array, ""], eos: tuple[int, ...]
+    fresh: Int[Array, "E1"], count: Int[Array, ""], budget: Int[Array, ""], eos: tuple[Any, ...]
 ) -> tuple[Int[Array, ""], Bool[Array, ""]]:
     """How many of the `count` fresh tokens to commit (up to the first EOS, within the budget), and whether it ends."""
     count = jnp.minimum(count, budget)
@@ -231,15 +231,7 @@ def _cut(
 
 
 def start(
-    params: Params,
-    config: ModelConfig,
-    drafter: Drafter,
-    acceptance: Acceptance,
-    eos: tuple[int, ...],
-    tokens: Int[Array, "S"],
-    prompt_length: Int[Array, ""],
-    limit: Int[Array, ""],
-    key: jax.Array,
+    plan: Plan, tokens: Int[Array, "S"], prompt_length: Int[Array, ""], limit: Int[Array, ""], key: jax.Array
 ) -> State:
     """Prefill: processes the prompt in chunks and commits the first token. Pure and unbatched.
 
@@ -249,15 +241,12 @@ def start(
       limit: the length (prompt included) at which decoding ends, above `prompt_length`.
     """
     with jax.named_scope("prefill"):
-        features, cache = read(params, config, tokens, prompt_length)
-    return begin(params, drafter, acceptance, eos, tokens, prompt_length, limit, key, features, cache)
+        features, cache = read(plan.params, plan.config, tokens, prompt_length)
+    return first_token(plan, tokens, prompt_length, limit, key, features, cache)
 
 
-def begin(
-    params: Params,
-    drafter: Drafter,
-    acceptance: Acceptance,
-    eos: tuple[int, ...],
+def first_token(
+    plan: Plan,
     tokens: Int[Array, "S"],
     prompt_length: Int[Array, ""],
     limit: Int[Array, ""],
@@ -266,14 +255,16 @@ def begin(
     cache: kv.KVCache,
 ) -> State:
     """`start` once the target has read the prompt, which it does in the same way whatever drafts."""
-    drafter = drafter.prepare(params)
+    plan = plan.ready()
+    drafter = plan.drafter
     with jax.named_scope("prefill"):
         # Before the root is known, so that a `vmap` over keys reads the one prompt once.
-        draft = drafter.init(params, Context(tokens, prompt_length, features))
+        draft = drafter.init(plan.params, Context(tokens, prompt_length, features))
     key, accept_key = jax.random.split(key)
-    root = acceptance(unembed(params, features[None]), Proposal(tokens[:1]), Tree.chain(0), accept_key).next_token
+    logits = unembed(plan.params, features[None])
+    root = plan.acceptance(logits, Proposal(tokens[:1]), Tree.chain(0), accept_key).next_token
     one = jnp.int32(1)
-    _, finished = _cut(root[None], one, limit - prompt_length, eos)
+    _, finished = _cut(root[None], one, limit - prompt_length, plan.eos)
     state = State(
         tokens=tokens.at[prompt_length].set(root),
         length=prompt_length + 1,
@@ -292,22 +283,16 @@ def begin(
     return dataclasses.replace(state, draft=drafter.update(draft, state.context, Verdict(zero, zero, root), 1))
 
 
-def loop(
-    params: Params, config: ModelConfig, drafter: Drafter, acceptance: Acceptance, eos: tuple[int, ...], state: State
-) -> State:
+def run_rounds(plan: Plan, state: State) -> State:
     """Rounds until the budget is spent or EOS is committed: one `lax.while_loop`. Pure and unbatched."""
-    step = functools.partial(round_, params, config, drafter.prepare(params), acceptance, eos)
-    return jax.lax.while_loop(lambda state: ~state.finished, step, state)
+    return jax.lax.while_loop(lambda state: ~state.finished, functools.partial(decode_round, plan.ready()), state)
 
 
-def batch_loop(
-    params: Params, config: ModelConfig, drafter: Drafter, acceptance: Acceptance, eos: tuple[int, ...], states: State
-) -> State:
+def batch_rounds(plan: Plan, states: State) -> State:
     """Rounds for a batch of states, a leading axis B at every leaf, until the last of them is finished.
 
-    Each member gets what `loop` gives it. There is one condition for the whole batch: with one per member, as `vmap` of
-    `loop` has it, every cache would be copied at every step.
+    Each member gets what `run_rounds` gives it. There is one condition for the whole batch: with one per member, as
+    `vmap` of `run_rounds` has it, every cache would be copied at every step.
     """
-    one = functools.partial(round_, params, config, drafter.prepare(params), acceptance, eos, batch_axis="batch")
-    step = jax.vmap(one, axis_name="batch")
+    step = jax.vmap(functools.partial(decode_round, plan.ready(), batch_axis="batch"), axis_name="batch")
     return jax.lax.while_loop(lambda states: ~jnp.all(states.finished), step, states)

@@ -10,7 +10,7 @@ import pytest
 from conftest import noisy_heads, scripted, tiered, tiny_model
 
 import specjax as sj
-from specjax import decode, reference
+from specjax import batch, decode, loop, reference
 from specjax.drafters.base import Drafter, NoDrafter
 from specjax.heads import draft_projection, top_tokens
 from specjax.proposal import Proposal
@@ -100,7 +100,7 @@ def test_token_zero_is_a_token_like_any_other():
 def test_cache_after_every_commit_equals_a_fresh_prefill(model, kind):
     tree = sj.Tree.cartesian((2, 2, 1))
     drafter = scripted(model, PROMPT, tree, kind)
-    step = jax.jit(decode.round_, static_argnames=("config", "acceptance", "eos"))
+    step = jax.jit(loop.decode_round)
     state = decode.prefill(model, PROMPT, drafter=drafter, max_new_tokens=30)
     prefill = jax.jit(lambda tokens: forward(model.params, model.config, tokens).rows)
     while True:
@@ -113,7 +113,7 @@ def test_cache_after_every_commit_equals_a_fresh_prefill(model, kind):
             np.testing.assert_allclose(mine[:, :length], theirs[:, :length], atol=1e-5)
         if state.finished:
             break
-        state = step(model.params, model.config, drafter, sj.Greedy(), (), state)
+        state = step(loop.Plan(model.params, drafter, (), model.config, sj.Greedy()), state)
     assert int(state.length) == len(PROMPT) + 30
 
 
@@ -301,17 +301,17 @@ def test_stream_gives_what_generate_gives(model, acceptance):
 
 
 def test_one_trace_whatever_the_prompt_and_the_budget(model):
-    traced = jax.jit(chex.assert_max_traces(decode.loop, n=1), static_argnames=("config", "acceptance", "eos"))
-    begun = jax.jit(chex.assert_max_traces(decode.start, n=1), static_argnames=("config", "acceptance", "eos"))
+    traced = jax.jit(chex.assert_max_traces(loop.run_rounds, n=1))
+    begun = jax.jit(chex.assert_max_traces(loop.start, n=1))
     rng = np.random.default_rng(0)
     for n, budget in ((1, 9), (17, 40), (64, 3), (65, 20), (100, 25)):
         prompt = rng.integers(0, 61, n)
         # An equal tree made anew must not retrace either.
         drafter = sj.MedusaDrafter(noisy_heads(model, 3), sj.Tree.cartesian((2, 2, 1)))
-        plan = (model.params, model.config, drafter, sj.Greedy(), ())
+        plan = loop.Plan(model.params, drafter, (), model.config, sj.Greedy())
         tokens = jnp.zeros(192, jnp.int32).at[:n].set(prompt)
-        state = begun(*plan, tokens, jnp.int32(n), jnp.int32(n + budget), jax.random.key(0))
-        out = decode.summarise(traced(*plan, state))
+        state = begun(plan, tokens, jnp.int32(n), jnp.int32(n + budget), jax.random.key(0))
+        out = decode.summarise(traced(plan, state))
         np.testing.assert_array_equal(out.tokens, sj.generate(model, prompt, max_new_tokens=budget).tokens)
 
 
@@ -336,7 +336,10 @@ def test_public_entry_points_compile_once(name):
         sj.generate(model, prompt, key=key, **request)
         list(sj.stream(model, prompt, key=key, **request))
         sj.generate_batch(model, [prompt, prompt[:1]], keys=jax.random.split(key, 2), **request)
-        programs = (decode.read_prompt, decode._read_prompts, decode._begin, decode._loop, decode._round, decode._batch)
+        programs = (
+            decode.read_prompt, decode._first_token, decode._run_rounds, decode._decode_round, batch._read_prompts,
+            batch._batch,
+        )  # fmt: skip
         return tuple(program._cache_size() for program in programs)
 
     first = run(3, 0, None)
@@ -365,8 +368,8 @@ def test_vmapped_rounds_give_each_prompt_what_it_gets_alone(model):
     lengths = jnp.array([len(p) for p in prompts])
 
     def run(tokens, length, key):
-        plan = (model.params, model.config, drafter, sj.Greedy(), ())
-        return decode.loop(*plan, decode.start(*plan, tokens, length, length + 20, key))
+        plan = loop.Plan(model.params, drafter, (), model.config, sj.Greedy())
+        return loop.run_rounds(plan, loop.start(plan, tokens, length, length + 20, key))
 
     states = jax.jit(jax.vmap(run))(jnp.asarray(tokens), lengths, jax.random.split(jax.random.key(0), 4))
     for i, prompt in enumerate(prompts):
@@ -378,7 +381,7 @@ def test_vmapped_rounds_give_each_prompt_what_it_gets_alone(model):
 
 def test_a_round_on_a_finished_state_commits_nothing(model):
     state = decode.decode(model, decode.prefill(model, PROMPT, max_new_tokens=6))
-    again = decode.round_(model.params, model.config, NoDrafter(), sj.Greedy(), (), state)
+    again = loop.decode_round(loop.Plan(model.params, NoDrafter(), (), model.config, sj.Greedy()), state)
     for name in ("length", "rounds", "finished"):
         assert getattr(again, name) == getattr(state, name)
     np.testing.assert_array_equal(decode.summarise(again).tokens, decode.summarise(state).tokens)

@@ -188,7 +188,7 @@ def test_generate_prints_the_text_and_the_statistics(checkpoint, capsys):
         (["--drafter", "draft", "--draft-model", "d", "--min-n", "0"], "--min-n is for the drafter ngram"),
         (["--drafter", "ngram", "--reach", "3", "0"], "reach is [3, 0]"),
         (["--drafter", "ngram", "--max-n", "1", "--min-n", "2"], "min_n is 2 and max_n 1"),
-        (["--top-k", "3"], "--top-k 3"),
+        (["--top-k", "3"], "top_k 3 and top_p 1.0 shape sampling, but greedy decoding has none"),
         (["--top-p", "0.9", "--drafter", "ngram", "--typical"], "typical acceptance has none"),
     ],
 )
@@ -299,18 +299,24 @@ def test_impossible_choices_of_prompts_are_refused(wrong):
 
 
 def test_methods_have_settings_for_ngrams():
-    assert Method("a", drafter="ngram+medusa", min_n=2, reach=()).ngram == {"min_n": 2, "reach": ()}
-    assert Method("a", drafter="ngram").ngram == {}
+    assert Method("a", drafter="ngram+medusa", options={"min_n": 2, "reach": ()}).drafts_with == "ngram+medusa"
+    assert Method("a", drafter="ngram").drafts_with == "ngram"
+    assert Method("a", heads="h").drafts_with == "medusa"
+    assert Method("a", draft_model="d").drafts_with == "draft"
+    assert Method("a").drafts_with == "none"
     for drafter in (None, "medusa"):
-        with pytest.raises(sj.ConfigError, match="'max_n': 2} is for the drafter ngram"):
-            _ = Method("a", drafter=drafter, max_n=2).ngram
+        with pytest.raises(sj.ConfigError, match="a: max_n is for the drafter ngram"):
+            _ = Method("a", drafter=drafter, options={"max_n": 2}).drafts_with
+    with pytest.raises(sj.ConfigError, match="a: length is no drafter's"):
+        _ = Method("a", drafter="ngram", options={"length": 2}).drafts_with
 
 
 def test_methods_say_how_they_accept():
     assert Method("a").acceptance == sj.Greedy()
     assert Method("a", temperature=0.7, top_p=0.9, top_k=5).acceptance == sj.Sample(0.7, 5, 0.9)
     assert Method("a", temperature=0.7, typical=True).acceptance == sj.Typical(0.7)
-    for settings in ({"top_k": 5}, {"top_p": 0.9, "temperature": 1.0, "typical": True}, {"typical": True}):
+    assert Method("a", typical=True).acceptance == sj.Typical() == sj.Typical(0.7)  # as on the command line
+    for settings in ({"top_k": 5}, {"top_p": 0.9, "temperature": 1.0, "typical": True}):
         with pytest.raises(sj.ConfigError):
             _ = Method("a", **settings).acceptance
 
@@ -346,9 +352,9 @@ def test_choose_tree_takes_the_fastest_measured_size(checkpoint):
         assert row["expected_tokens_per_second"] == pytest.approx(
             1e3 * row["expected_tokens"] / row["milliseconds"]["median"]
         )
-    programs = decode._loop._cache_size()
+    programs = decode._run_rounds._cache_size()
     sj.generate(model, [1, 2, 3], drafter=sj.MedusaDrafter(heads, choice.tree), max_new_tokens=30, capacity=128)
-    assert decode._loop._cache_size() == programs  # what was timed is what decodes
+    assert decode._run_rounds._cache_size() == programs  # what was timed is what decodes
 
 
 def test_compare_refuses(checkpoint):

@@ -12,7 +12,7 @@ from conftest import tiny_model
 import specjax as sj
 import specjax.ops.cpu
 import specjax.target.model
-from specjax import decode
+from specjax import decode, loop
 from specjax.drafters.base import NoDrafter
 from specjax.ops.cpu import BLOCK
 from specjax.target import cache as kv
@@ -99,8 +99,8 @@ def test_a_bfloat16_loop_copies_no_weights(shape):
     model = tiny_model(hidden_size=64, family="qwen2", qkv_bias=True, **shape)
     model = dataclasses.replace(model, params=jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.params))
     state = decode.prefill(model, [1, 2, 3], max_new_tokens=20)
-    plan = (model.params, model.config, NoDrafter(), sj.Greedy(), ())
-    compiled = jax.jit(decode.loop, static_argnums=(1, 3, 4)).lower(*plan, state).compile()
+    plan = loop.Plan(model.params, NoDrafter(), (), model.config, sj.Greedy())
+    compiled = jax.jit(loop.run_rounds).lower(plan, state).compile()
     weights = sum(x.nbytes for x in jax.tree.leaves(model.params))
     assert compiled.memory_analysis().temp_size_in_bytes < weights / 2
 

@@ -4,6 +4,8 @@ Heavy imports wait until a command needs them.
 """
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,19 +23,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     from specjax.errors import SpecJaxError
 
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = _parser()
+    parser = _parser(drafting=bool({"generate", "chat"} & set(arguments[:1])))
     # An experiment's own options are parsed by its config.
     options, rest = parser.parse_known_args(arguments)
     if rest and options.command != "run":
         parser.error(f"unrecognised arguments: {' '.join(rest)}")
     try:
-        return int(options.function(options, rest))
+        code = int(options.function(options, rest))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever read the output has enough of it, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
+        return 128 + signal.SIGPIPE
     except (SpecJaxError, OSError) as error:  # a folder that is missing, a disk that is full
         print(f"specjax: {error}", file=sys.stderr)
         return 2
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(*, drafting: bool) -> argparse.ArgumentParser:
+    # Drafters' own options come from the registry, which loads JAX: only where they can be given.
     parser = argparse.ArgumentParser(prog="specjax", description="A laboratory for speculative decoding in JAX.")
     parser.add_argument("--version", action="version", version=f"specjax {specjax.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -47,13 +55,13 @@ def _parser() -> argparse.ArgumentParser:
     run.set_defaults(function=_run, parser=run)
 
     generate = commands.add_parser("generate", help="answer one prompt")
-    _model_options(generate, max_new_tokens=128)
+    _model_options(generate, max_new_tokens=128, drafting=drafting)
     generate.add_argument("--prompt", required=True)
     generate.add_argument("--raw", action="store_true", help="use the prompt as it is, without the chat template")
     generate.set_defaults(function=_generate)
 
     chat = commands.add_parser("chat", help="talk to a model; accepted drafts are coloured")
-    _model_options(chat, max_new_tokens=256)
+    _model_options(chat, max_new_tokens=256, drafting=drafting)
     chat.set_defaults(function=_chat)
 
     add_commands(commands)
@@ -75,31 +83,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-_NGRAM = ("max_n", "min_n", "reach")
-
-
-def _model_options(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
+def _model_options(parser: argparse.ArgumentParser, max_new_tokens: int, *, drafting: bool) -> None:
     parser.add_argument(
         "--model", required=True, help="packaged name, Hugging Face directory or repository, .gguf file"
     )
-    parser.add_argument(
-        "--drafter",
-        help="none, medusa, ngram, draft, or a hybrid such as ngram+medusa (default: medusa with --heads, draft with "
-        "--draft-model, otherwise none: autoregressive)",
-    )
-    parser.add_argument("--heads", help="Medusa heads: packaged name, file or directory")
-    parser.add_argument("--draft-model", help="packaged name, Hugging Face directory or repository, .gguf file")
+    if drafting:
+        _drafter_options(parser)
     parser.add_argument("--tree", help=f"{TREE_HELP}; for a hybrid one for each part, joined by '+'")
-    parser.add_argument("--max-n", type=int, help="n-grams: the longest match (default 3)")
-    parser.add_argument("--min-n", type=int, help="n-grams: the shortest match to draft after (default 1)")
-    parser.add_argument(
-        "--reach",
-        type=int,
-        nargs="*",
-        metavar="TOKENS",
-        help="n-grams: how far to draft after a match of 1, 2, ... tokens; after longer ones, the whole tree "
-        "(default 3 7; without numbers always the whole tree)",
-    )
     parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens)
     parser.add_argument(
         "--dtype",
@@ -116,20 +106,57 @@ def _model_options(parser: argparse.ArgumentParser, max_new_tokens: int) -> None
     parser.add_argument("--seed", type=int, default=0)
 
 
+def _drafter_options(parser: argparse.ArgumentParser) -> None:
+    from specjax.drafters.registry import NEEDS, drafter_entry, drafter_names
+
+    entries = {name: drafter_entry(name) for name in drafter_names()}
+    parser.add_argument(
+        "--drafter",
+        help=f"none, {', '.join(entries)}, one of your own as module:attribute, or a hybrid such as ngram+medusa "
+        "(default: the one that the files are for; without files none: autoregressive)",
+    )
+    for need, what in NEEDS.items():
+        users = [name for name, entry in entries.items() if need in entry.needs]
+        parser.add_argument(_flag(need), help=f"for {' and '.join(users)}: {what}")
+    for name, option in {name: one for entry in entries.values() for name, one in entry.options.items()}.items():
+        many: dict[str, Any] = {"nargs": "*"} if option.many else {}
+        parser.add_argument(
+            _flag(name), type=option.kind, help=option.help, metavar=option.kind.__name__.upper(), **many
+        )
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _drafting(options: argparse.Namespace) -> dict[str, Any]:
+    """What says how to draft, as `build_drafter` takes it; options that would do nothing are refused."""
+    from specjax.drafters import registry
+    from specjax.errors import ConfigError
+
+    files = {need: getattr(options, need) for need in registry.NEEDS}
+    own = {name for entry in map(registry.drafter_entry, registry.drafter_names()) for name in entry.options}
+    given = {name: value for name in sorted(own) if (value := getattr(options, name)) is not None}
+    named = options.drafter or registry.default_drafter(files)
+    for option in ("typical", "tree"):
+        if getattr(options, option) and named == "none":
+            raise ConfigError(
+                f"--{option} is about drafts, but nothing drafts; add --drafter, --heads or --draft-model, or "
+                "leave it out."
+            )
+    registry.refuse_idle(named, files, given, _flag)
+    return {"text": named, "tree": options.tree, "options": given, **files}
+
+
 def _prepare(options: argparse.Namespace) -> tuple["Model", dict[str, Any]]:
     import jax
 
     import specjax as sj
+    from specjax.acceptance import acceptance_for
     from specjax.drafters.registry import build_drafter
 
-    named = options.drafter or ("medusa" if options.heads else "draft" if options.draft_model else "none")
-    _refuse_idle(options, named.split("+"))
-    if options.typical:
-        acceptance: Any = sj.Typical(temperature=options.temperature or 0.7)
-    elif options.temperature == 0:
-        acceptance = sj.Greedy()
-    else:
-        acceptance = sj.Sample(options.temperature, options.top_k, options.top_p)
+    drafting = _drafting(options)
+    acceptance = acceptance_for(options.temperature, options.top_k, options.top_p, typical=options.typical)
     # Before the model is loaded:
     for tree in options.tree.split("+") if options.tree else ():
         sj.Tree.parse(tree)
@@ -138,35 +165,9 @@ def _prepare(options: argparse.Namespace) -> tuple["Model", dict[str, Any]]:
     model = sj.load_model(options.model, dtype=options.dtype)
     if model.tokenizer is None:
         raise sj.CheckpointError(f"{options.model} has no tokenizer; text needs one beside the weights.")
-    drafter = build_drafter(
-        named,
-        model,
-        tree=options.tree,
-        heads=options.heads,
-        draft_model=options.draft_model,
-        acceptance=acceptance,
-        ngram={name: value for name in _NGRAM if (value := getattr(options, name)) is not None},
-    )
+    drafter = build_drafter(target=model, acceptance=acceptance, **drafting)
     request = {"drafter": drafter, "acceptance": acceptance, "max_new_tokens": options.max_new_tokens}
     return model, request | {"key": jax.random.key(options.seed)}
-
-
-def _refuse_idle(options: argparse.Namespace, drafters: list[str]) -> None:
-    """Refuses options that would do nothing."""
-    from specjax.errors import ConfigError
-
-    remedy = "add --drafter, --heads or --draft-model, or leave it out."
-    for option in ("typical", "tree"):
-        if getattr(options, option) and drafters == ["none"]:
-            raise ConfigError(f"--{option} is about drafts, but nothing drafts; {remedy}")
-    users = (("heads", "medusa"), ("draft_model", "draft"), *((option, "ngram") for option in _NGRAM))
-    for option, user in users:
-        if getattr(options, option) is not None and user not in drafters:
-            flag = "--" + option.replace("_", "-")
-            raise ConfigError(f"{flag} is for the drafter {user}; --drafter {'+'.join(drafters)} leaves it out.")
-    if (options.top_k is not None or options.top_p != 1.0) and (options.typical or not options.temperature):
-        reason = "typical acceptance has none" if options.typical else "greedy decoding has none; set --temperature too"
-        raise ConfigError(f"--top-k {options.top_k} and --top-p {options.top_p} shape sampling, but {reason}.")
 
 
 def _templated(model: "Model", messages: list[dict[str, str]]) -> list[int]:

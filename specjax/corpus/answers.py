@@ -15,12 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from specjax import decode
 from specjax.acceptance import Acceptance, Sample
+from specjax.decode import capacity_for
 from specjax.drafters.base import NoDrafter
 from specjax.errors import DataError
 from specjax.loading.load import Model
 from specjax.loading.tokenizer import Tokenizer
+from specjax.loop import Plan, State, decode_round, start
 from specjax.target.config import ModelConfig
 from specjax.target.model import PREFILL_CHUNK
 from specjax.target.params import Params
@@ -46,7 +47,7 @@ class Answers:
 
 
 class _Carry(NamedTuple):
-    state: decode.State  # of B members
+    state: State  # of B members
     begin: Int[Array, "B"]  # prompt lengths
     features: Float[Array, "n B D"]  # features[j] predicted the answers' token j
     step: Int[Array, ""]  # features kept so far, the same for all members
@@ -68,21 +69,21 @@ def _begin(
     limits: Int[Array, "B"],
     keys: jax.Array,
 ) -> _Carry:
-    plan = (params, config, NoDrafter(), acceptance, config.eos_token_ids)
-    state = jax.vmap(functools.partial(decode.start, *plan))(tokens, begin, limits, keys)
+    plan = Plan(params, NoDrafter(), config.eos_token_ids, config, acceptance)
+    state = jax.vmap(functools.partial(start, plan))(tokens, begin, limits, keys)
     return _Carry(state, begin, jnp.zeros((max_new, *state.features.shape), jnp.bfloat16), jnp.int32(0))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "acceptance", "enough"), donate_argnames="carry")
 def _segment(params: Params, config: ModelConfig, acceptance: Acceptance, enough: int, carry: _Carry) -> _Carry:
     """Decodes until at most `enough` members are alive."""
-    plan = (params, config, NoDrafter(), acceptance, config.eos_token_ids)
-    round_ = jax.vmap(functools.partial(decode.round_, *plan))
+    plan = Plan(params, NoDrafter(), config.eos_token_ids, config, acceptance)
+    step = jax.vmap(functools.partial(decode_round, plan))
 
     def body(carry: _Carry) -> _Carry:
         newest = carry.state.features.astype(jnp.bfloat16)
         features = jax.lax.dynamic_update_index_in_dim(carry.features, newest, carry.step, 0)
-        return _Carry(round_(carry.state), carry.begin, features, carry.step + 1)
+        return _Carry(step(carry.state), carry.begin, features, carry.step + 1)
 
     # One condition for the whole batch: with one per member, vmap would copy every cache at every step.
     return jax.lax.while_loop(lambda carry: jnp.sum(carry.alive) > enough, body, carry)
@@ -124,7 +125,7 @@ def answer(
     keys = jax.random.split(key, len(prompts))
     parts: list[tuple[np.ndarray, np.ndarray] | None] = [None] * len(prompts)
     for members, size, width in _grouped(list(map(len, prompts)), batch_size, smallest):
-        tokens = np.zeros((size, decode.capacity_for(width, max_new_tokens, 0)), np.int32)
+        tokens = np.zeros((size, capacity_for(width, max_new_tokens, 0)), np.int32)
         begin = np.ones(size, np.int32)
         limits = np.full(size, 2, np.int32)  # of rows that fill up the batch: a prompt and an answer of one token
         for row, member in enumerate(members):

@@ -13,8 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from specjax import sampling
-from specjax.acceptance import Acceptance, Greedy, Sample
+from specjax.acceptance import Acceptance, acceptance_for
 from specjax.corpus.answers import TODAY, chat_tokenizer, check_prompt, user_turns
 from specjax.corpus.chats import read_conversations, read_prompts
 from specjax.corpus.features import check_budget, with_features
@@ -70,18 +69,12 @@ class Corpus:
                 f"chats is {self.chats!r}, which is trained on as it is; prompts {self.prompts!r} and temperature "
                 f"{self.temperature} would do nothing. Leave them out, or chats."
             )
-        if self.temperature == 0 and (self.top_k is not None or self.top_p != 1):
-            raise ConfigError(
-                f"top_k is {self.top_k}, top_p {self.top_p} at temperature 0, where the answers are greedy; raise the "
-                "temperature or leave them out."
-            )
-        if self.temperature != 0:
-            sampling.check(self.temperature, self.top_k, self.top_p)
+        self.acceptance  # noqa: B018  # checks temperature, top_k and top_p
 
     @property
     def acceptance(self) -> Acceptance:
         """How answers are decoded."""
-        return Sample(self.temperature, self.top_k, self.top_p) if self.temperature else Greedy()
+        return acceptance_for(self.temperature, self.top_k, self.top_p)
 
 
 def make_corpus(model: Model, data: Corpus, console: Console, *, features: bool = False) -> list[Path]:

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Sequence
 
+from specjax.batch import generate_batch
 from specjax.corpus.conversation import Conversation
 from specjax.corpus.prompts import Prompt
 from specjax.corpus.split import turns
-from specjax.decode import generate_batch
 from specjax.errors import DataError
 from specjax.loading.load import Model
 from specjax.ranks.measuring import Text

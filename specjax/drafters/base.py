@@ -1,7 +1,7 @@
 """The drafter protocol: anything that can fill a static tree with guesses fits the decoding loop."""
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -93,9 +93,37 @@ class Drafter(Protocol):
         """
 
 
+class DrafterBase:
+    """What most drafters have in common: no files, no state, any length, a guess everywhere. A subclass, a frozen
+    dataclass registered as a pytree, gives `tree` and `propose`, and what else differs."""
+
+    @property
+    def max_positions(self) -> int | None:
+        """Any length."""
+        return None
+
+    @property
+    def subtrees(self) -> tuple[tuple[int, ...], ...]:
+        """There is always a guess."""
+        return ()
+
+    def check(self, target: Model) -> None:
+        """Fits every target."""
+
+    def prepare(self, target: Params) -> Self:
+        """Nothing to prepare."""
+        return self
+
+    def init(self, target: Params, context: Context) -> Any:
+        """No state."""
+
+    def update(self, state: Any, context: Context, verdict: Verdict, longest: int) -> Any:
+        """No state."""
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class NoDrafter:
+class NoDrafter(DrafterBase):
     """Drafts nothing: a tree of the root alone turns the speculative round into autoregressive decoding."""
 
     @property
@@ -103,28 +131,6 @@ class NoDrafter:
         """The root alone."""
         return Tree.chain(0)
 
-    @property
-    def max_positions(self) -> None:
-        """Any length."""
-
-    @property
-    def subtrees(self) -> tuple[tuple[int, ...], ...]:
-        """There is nothing but the root anyway."""
-        return ()
-
-    def check(self, target: Model) -> None:
-        """Fits every target."""
-
-    def prepare(self, target: Params) -> "NoDrafter":
-        """Nothing to prepare."""
-        return self
-
-    def init(self, target: Params, context: Context) -> None:
-        """No state."""
-
     def propose(self, target: Params, state: None, context: Context, key: jax.Array) -> Proposal:
         """The root."""
         return Proposal(jnp.reshape(context.root, (1,)))
-
-    def update(self, state: None, context: Context, verdict: Verdict, longest: int) -> None:
-        """No state."""

@@ -8,11 +8,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from specjax.checks import check_is
-from specjax.drafters.base import Context
+from specjax.drafters.base import Context, DrafterBase
 from specjax.errors import ConfigError, TreeError
 from specjax.loading.load import Model
 from specjax.proposal import NO_DRAFT, Proposal, Verdict
-from specjax.sampling import check, warp
+from specjax.sampling import Sampling
 from specjax.target import cache as kv
 from specjax.target.model import forward, read, unembed
 from specjax.target.params import Params
@@ -30,7 +30,7 @@ class DraftState:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class DraftModelDrafter:
+class DraftModelDrafter(DrafterBase):
     """Any Llama or Qwen2 as a drafter, with a cache of its own.
 
     At temperature 0 a node of rank r holds its parent's r-th best token: a deterministic proposal. Above, siblings are
@@ -60,17 +60,17 @@ class DraftModelDrafter:
 
     def __post_init__(self) -> None:
         check_is(self.tree, Tree, "the tree", "make one, such as Tree.chain(4) or Tree.parse(TEXT).")
-        check(self.temperature or 1.0, self.top_k, self.top_p)
+        self.sampling  # noqa: B018  # checks it
+
+    @property
+    def sampling(self) -> Sampling:
+        """How the draft draws."""
+        return Sampling(self.temperature, self.top_k, self.top_p)
 
     @property
     def max_positions(self) -> int:
         """The draft's own context."""
         return self.draft.config.max_positions
-
-    @property
-    def subtrees(self) -> tuple[tuple[int, ...], ...]:
-        """None: a model always has a guess."""
-        return ()
 
     def check(self, target: Model) -> None:
         """Checks that draft and target speak of the same tokens.
@@ -187,7 +187,7 @@ class DraftModelDrafter:
         self, logits: Float[Array, "n V"], count: int, key: jax.Array
     ) -> tuple[Int[Array, "n k"], Float[Array, "n k V"]]:
         # `count` draws without replacement, and the law of each given those before it.
-        logits = warp(logits, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
+        logits = self.sampling.warp(logits)
         best, chosen = jax.lax.top_k(logits + jax.random.gumbel(key, logits.shape), count)
         chosen = jnp.where(best == -jnp.inf, NO_DRAFT, chosen.astype(jnp.int32))  # fewer possible tokens than siblings
         laws = []

@@ -8,18 +8,18 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from specjax.checks import check_is
-from specjax.drafters.base import Context
+from specjax.drafters.base import Context, DrafterBase
 from specjax.errors import TreeError
 from specjax.heads import Heads, draft_projection, top_tokens
 from specjax.loading.load import Model
-from specjax.proposal import Proposal, Verdict
+from specjax.proposal import Proposal
 from specjax.target.params import Params
 from specjax.tree import Tree
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class MedusaDrafter:
+class MedusaDrafter(DrafterBase):
     """A node at depth d with rank r holds head d's r-th best token (heads counted from 1): a deterministic proposal.
 
     Attributes:
@@ -37,11 +37,6 @@ class MedusaDrafter:
 
     def __post_init__(self) -> None:
         check_is(self.tree, Tree, "the tree", "make one, such as Tree.chain(4) or Tree.parse(TEXT).")
-
-    @property
-    def subtrees(self) -> tuple[tuple[int, ...], ...]:
-        """None: heads always have a guess."""
-        return ()
 
     def check(self, target: Model) -> None:
         """Checks that heads, tree and target fit each other.
@@ -63,10 +58,6 @@ class MedusaDrafter:
                 f"the tree asks for {widest} candidates at one depth, more than the heads' vocabulary holds."
             )
 
-    @property
-    def max_positions(self) -> None:
-        """Any length: the heads read one feature."""
-
     def prepare(self, target: Params) -> "MedusaDrafter":
         """Leaves out the heads below the tree, and restricts the target's LM head to the heads' vocabulary."""
         used, heads, projection = max(self.tree.max_depth, 1), self.heads, self.projection
@@ -76,9 +67,6 @@ class MedusaDrafter:
             projection = draft_projection(heads, target.unembedding)
         return replace(self, heads=heads, projection=projection)
 
-    def init(self, target: Params, context: Context) -> None:
-        """No state: the heads read only the newest feature, which the loop keeps."""
-
     def propose(self, target: Params, state: None, context: Context, key: jax.Array) -> Proposal:
         """Top-k tokens of every head, laid out over the tree."""
         if self.tree.max_depth == 0:
@@ -86,6 +74,3 @@ class MedusaDrafter:
         ranked = top_tokens(self.heads, self.projection, context.features, max(self.tree.max_rank_by_depth))
         head, rank = self.tree.depths[1:] - 1, np.asarray(self.tree.ranks[1:])
         return Proposal(jnp.concatenate([context.root[None], ranked[head, rank]]))
-
-    def update(self, state: None, context: Context, verdict: Verdict, longest: int) -> None:
-        """No state."""

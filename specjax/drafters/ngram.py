@@ -11,17 +11,16 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from specjax.checks import check_is, is_whole
-from specjax.drafters.base import Context
+from specjax.drafters.base import Context, DrafterBase
 from specjax.errors import ConfigError
-from specjax.loading.load import Model
-from specjax.proposal import NO_DRAFT, Proposal, Verdict
+from specjax.proposal import NO_DRAFT, Proposal
 from specjax.target.params import Params
 from specjax.tree import Tree
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class NgramDrafter:
+class NgramDrafter(DrafterBase):
     """A node of rank r holds the r-th best continuation of its parent's context; a deterministic proposal.
 
     Continuations are what followed earlier occurrences of the context's last tokens, in the prompt or in the generated
@@ -58,25 +57,11 @@ class NgramDrafter:
             )
 
     @property
-    def max_positions(self) -> None:
-        """Any length."""
-
-    @property
     def subtrees(self) -> tuple[tuple[int, ...], ...]:
         """The root alone, for text that repeats nothing, and the nodes within each reach."""
         depths = sorted({0, *self._reaches[self.min_n :]})
         within = (tuple(np.flatnonzero(self.tree.depths <= depth).tolist()) for depth in depths)
         return tuple(nodes for nodes in within if len(nodes) < self.tree.size)
-
-    def check(self, target: Model) -> None:
-        """Fits every target."""
-
-    def prepare(self, target: Params) -> "NgramDrafter":
-        """Nothing to prepare."""
-        return self
-
-    def init(self, target: Params, context: Context) -> None:
-        """No state: the token buffer is all it reads."""
 
     def propose(self, target: Params, state: None, context: Context, key: jax.Array) -> Proposal:
         """Looks the newest tokens up in what stands before them, then each draft below its parent's matches."""
@@ -96,9 +81,6 @@ class NgramDrafter:
             before = jnp.where(slots > 0, jnp.roll(matched[above], 1, axis=1), 0)
             matched = jnp.where((text == drafted[:, None]) & (slots < last), before + 1, 0)
         return Proposal(jnp.concatenate(drafts))
-
-    def update(self, state: None, context: Context, verdict: Verdict, longest: int) -> None:
-        """No state."""
 
     def _matches(self, text: Int[Array, "S"], last: Int[Array, ""]) -> Int[Array, "S"]:
         # How many tokens, up to max_n, agree with the newest ones when compared backwards from slot j < last.

@@ -1,12 +1,20 @@
-"""Drafters by name: what `--drafter` and an experiment's methods take."""
+"""Drafters by name: what `--drafter`, an experiment's methods and `build_drafter` know, and how to add one.
 
+A drafter of one's own is registered in one call (`register_drafter`), or named as `module:attribute`: its class, or any
+function of a tree that gives a drafter.
+"""
+
+import importlib
+import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax.numpy as jnp
 
 from specjax.acceptance import Acceptance, Sample
+from specjax.checks import check_is
 from specjax.drafters.base import Drafter
 from specjax.drafters.draft_model import DraftModelDrafter
 from specjax.drafters.hybrid import HybridDrafter
@@ -19,8 +27,154 @@ from specjax.loading.head_files import heads_for
 from specjax.loading.load import Model, load_draft
 from specjax.tree import Tree
 
-# Small ones: on a CPU a wide round costs more than it accepts. The medusa tree is cut to the number of heads.
-DEFAULT_TREES = {"medusa": "paths:0,1,2,3,0.0", "ngram": "chain:4", "draft": "chain:4"}
+
+@dataclass(frozen=True)
+class Ingredients:
+    """What a drafter is built from.
+
+    Attributes:
+      target: the model that verifies.
+      tree: None: the drafter's default one.
+      files: by name what the drafter needs (`heads`, `draft_model`), as their loaders take it.
+      acceptance: a drafter may sample as `Sample` does.
+      options: the drafter's own that are given.
+    """
+
+    target: Model
+    tree: Tree | None = None
+    files: Mapping[str, str] = field(default_factory=dict)
+    acceptance: Acceptance | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Option:
+    """A setting of a drafter, for the command line (`--max-n`) and for experiments.
+
+    Attributes:
+      kind: int, float or str; with `many`, any number of them.
+      help: says the default, too.
+    """
+
+    kind: type
+    help: str
+    many: bool = False
+
+
+@dataclass(frozen=True)
+class DrafterEntry:
+    """What is known of a drafter by its name.
+
+    Attributes:
+      build: makes it.
+      default_tree: as `Tree.parse` takes it. Small ones: on a CPU a wide round costs more than it accepts.
+      needs: the files that must be named, some of `NEEDS`.
+      options: by name.
+      auto: whether `tree="auto"` can be chosen by timing this machine (Medusa: from its rank table or accuracies).
+    """
+
+    build: Callable[[Ingredients], Drafter]
+    default_tree: str = "chain:4"
+    needs: tuple[str, ...] = ()
+    options: Mapping[str, Option] = field(default_factory=dict)
+    auto: bool = False
+
+
+NEEDS = {
+    "heads": "packaged name, file or directory",
+    "draft_model": "packaged name, directory, repository or .gguf file",
+}
+_ENTRIES: dict[str, DrafterEntry] = {}
+
+
+def register_drafter(
+    name: str,
+    build: Callable[[Ingredients], Drafter],
+    *,
+    default_tree: str = "chain:4",
+    needs: tuple[str, ...] = (),
+    options: Mapping[str, Option] | None = None,
+    auto: bool = False,
+) -> None:
+    """Makes a drafter known to the command line, experiments and `build_drafter`; arguments as in `DrafterEntry`.
+
+    Raises:
+      ConfigError: a name that stands for another drafter or means something else, or needs that there are not.
+      TreeError: a default tree that is none.
+    """
+    if name in ("none", "auto") or not name or set(name) & set("+:"):
+        raise ConfigError(f"a drafter cannot be named {name!r}; choose a word without '+' and ':', not none or auto.")
+    if unknown := set(needs) - set(NEEDS):
+        raise ConfigError(f"{name} needs {min(unknown)!r}; expected some of {sorted(NEEDS)}.")
+    Tree.parse(default_tree)
+    entry = DrafterEntry(build, default_tree, needs, dict(options or {}), auto)
+    if name in _ENTRIES and _ENTRIES[name].build.__module__ != build.__module__:
+        raise ConfigError(f"there is a drafter {name!r} already, of {_ENTRIES[name].build.__module__}; choose another.")
+    _ENTRIES[name] = entry
+
+
+def drafter_names() -> tuple[str, ...]:
+    """All that are registered."""
+    return tuple(_ENTRIES)
+
+
+def drafter_entry(name: str) -> DrafterEntry:
+    """What is known of a drafter: one that is registered, or `module:attribute`.
+
+    Raises:
+      ConfigError: no such drafter, module or attribute.
+    """
+    if name in _ENTRIES:
+        return _ENTRIES[name]
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise ConfigError(
+            f"no drafter {name!r}; expected none, or one or more of {', '.join(_ENTRIES)}, joined by '+', or one of "
+            "your own as module:attribute."
+        )
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # the folder that the command is given in, as `python -m` has it
+    try:
+        made = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"the drafter {name!r} cannot be imported: {error}. Is the folder of {module} here?"
+        ) from error
+    if not callable(made):
+        raise ConfigError(f"{name} is {made!r}; expected a drafter's class, or a function of a tree that gives one.")
+    return DrafterEntry(lambda given: made(given.tree or Tree.parse("chain:4")))
+
+
+def entries_of(text: str) -> list[tuple[str, DrafterEntry]]:
+    """The parts of a drafter's name ("none": no parts)."""
+    return [] if text == "none" else [(name, drafter_entry(name)) for name in text.split("+")]
+
+
+def default_drafter(files: Mapping[str, str | None]) -> str:
+    """What drafts where only files are named: the first drafter that needs no others."""
+    named = {name for name, file in files.items() if file is not None}
+    return next((name for name, entry in _ENTRIES.items() if entry.needs and set(entry.needs) <= named), "none")
+
+
+def refuse_idle(
+    text: str, files: Mapping[str, str | None], options: Mapping[str, Any], spelled: Callable[[str], str] = str
+) -> None:
+    """Refuses files and options that no part of the drafter uses.
+
+    Args:
+      spelled: an option's name as the user gave it, for the message.
+
+    Raises:
+      ConfigError: the first such one.
+    """
+    parts = entries_of(text)
+    for kind, given in (("needs", files), ("options", options)):
+        for name, value in given.items():
+            if value is None or any(name in getattr(entry, kind) for _, entry in parts):
+                continue
+            users = [user for user, entry in _ENTRIES.items() if name in getattr(entry, kind)]
+            whose = f"for the drafter {' or '.join(users)}" if users else "no drafter's"
+            raise ConfigError(f"{spelled(name)} is {whose}; the drafter {text} leaves it out.")
 
 
 def build_drafter(
@@ -31,40 +185,41 @@ def build_drafter(
     heads: str | None = None,
     draft_model: str | None = None,
     acceptance: Acceptance | None = None,
-    ngram: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Drafter | None:
     """The drafter that `text` names, with its files loaded in the target's dtype.
 
     Args:
-      text: "none", "medusa", "ngram", "draft" (a draft model), or several joined by "+": a hybrid, tried in that order.
-      tree: what `Tree.parse` takes; for a hybrid one for each part, joined by "+". None: `DEFAULT_TREES`.
+      text: "none", a drafter's name, or several joined by "+": a hybrid, tried in that order.
+      tree: what `Tree.parse` takes; for a hybrid one for each part, joined by "+". None: the drafters' own.
       heads: for medusa, as in `load_heads`.
       draft_model: for draft, as in `load_draft`.
       acceptance: a draft model samples as `Sample` does, and is greedy otherwise.
-      ngram: for ngram, `NgramDrafter`'s arguments beside the tree.
+      options: of the drafters, by name; each takes its own.
 
     Raises:
-      ConfigError: an unknown name, another number of trees than of parts, or heads or a draft model that are not named.
-      SpecJaxError: what loading them or parsing the trees raises.
+      ConfigError: an unknown name, another number of trees than of parts, or a file that is needed and not named.
+      SpecJaxError: what loading the files or parsing the trees raises.
     """
-    if text == "none":
+    parts = entries_of(text)
+    if not parts:
         return None
-    names = text.split("+")
-    unknown = [name for name in names if name not in DEFAULT_TREES]
-    if unknown:
+    trees = [None] * len(parts) if tree is None else [Tree.parse(part) for part in tree.split("+")]
+    if len(trees) != len(parts):
         raise ConfigError(
-            f"no drafter {unknown[0]!r}; expected none, or one or more of {', '.join(DEFAULT_TREES)}, joined by '+'."
+            f"the drafter {text!r} has {len(parts)} parts, the tree {tree!r} {len(trees)}; give one each."
         )
-    trees = [None] * len(names) if tree is None else [Tree.parse(part) for part in tree.split("+")]
-    if len(trees) != len(names):
-        raise ConfigError(
-            f"the drafter {text!r} has {len(names)} parts, the tree {tree!r} {len(trees)}; give one each."
-        )
-    parts = [
-        _part(name, target, shape, heads, draft_model, acceptance, ngram or {})
-        for name, shape in zip(names, trees, strict=True)
-    ]
-    return parts[0] if len(parts) == 1 else HybridDrafter(tuple(parts))
+    files = {"heads": heads, "draft_model": draft_model}
+    made = []
+    for (name, entry), shape in zip(parts, trees, strict=True):
+        if missing := [need for need in entry.needs if files[need] is None]:
+            flag = "--" + missing[0].replace("_", "-")
+            raise ConfigError(f"the drafter {name} needs {missing[0]} ({NEEDS[missing[0]]}); name it ({flag}).")
+        own = {option: value for option, value in (options or {}).items() if option in entry.options}
+        named = {need: file for need in entry.needs if (file := files[need]) is not None}
+        made.append(entry.build(Ingredients(target, shape, named, acceptance, own)))
+        check_is(made[-1].tree, Tree, f"the tree of {name}", "a drafter's tree is a specjax Tree.")
+    return made[0] if len(made) == 1 else HybridDrafter(tuple(made))
 
 
 def _warn_of_other_heads(tree: Tree, loaded: Heads, name: str) -> None:
@@ -78,31 +233,44 @@ def _warn_of_other_heads(tree: Tree, loaded: Heads, name: str) -> None:
         )
 
 
-def _part(
-    name: str,
-    target: Model,
-    tree: Tree | None,
-    heads: str | None,
-    draft_model: str | None,
-    acceptance: Acceptance | None,
-    ngram: Mapping[str, Any],
-) -> Drafter:
-    usual, dtype = Tree.parse(DEFAULT_TREES[name]), target.params.dtype
-    if name == "ngram":
-        return NgramDrafter(tree or usual, **ngram)
-    if name == "medusa":
-        if heads is None:
-            raise ConfigError("the drafter medusa needs heads; name them (--heads).")
-        loaded = heads_for(target, heads, dtype=dtype)
-        if tree is not None:
-            _warn_of_other_heads(tree, loaded, heads)
-        deep = [path for path in usual.rank_paths if len(path) <= loaded.config.num_heads]
-        return MedusaDrafter(loaded, tree or Tree.from_paths(deep))
-    if draft_model is None:
-        raise ConfigError("the drafter draft needs a draft model; name it (--draft-model).")
-    draft, ids = load_draft(draft_model, dtype=dtype)
-    token_map = None if ids is None else jnp.asarray(ids)
-    if not isinstance(acceptance, Sample):
-        return DraftModelDrafter(draft, tree or usual, token_map=token_map)
-    sampling = (acceptance.temperature, acceptance.top_k, acceptance.top_p)
-    return DraftModelDrafter(draft, tree or usual, *sampling, token_map)
+_MEDUSA_TREE = "paths:0,1,2,3,0.0"  # cut to the number of heads
+
+
+def _medusa(given: Ingredients) -> Drafter:
+    source = given.files["heads"]
+    loaded = heads_for(given.target, source, dtype=given.target.params.dtype)
+    if given.tree is not None:
+        _warn_of_other_heads(given.tree, loaded, source)
+    deep = [path for path in Tree.parse(_MEDUSA_TREE).rank_paths if len(path) <= loaded.config.num_heads]
+    return MedusaDrafter(loaded, given.tree or Tree.from_paths(deep))
+
+
+def _ngram(given: Ingredients) -> Drafter:
+    return NgramDrafter(given.tree or Tree.parse("chain:4"), **given.options)
+
+
+def _draft(given: Ingredients) -> Drafter:
+    draft, ids = load_draft(given.files["draft_model"], dtype=given.target.params.dtype)
+    token_map, tree = None if ids is None else jnp.asarray(ids), given.tree or Tree.parse("chain:4")
+    rule = given.acceptance
+    if not isinstance(rule, Sample):
+        return DraftModelDrafter(draft, tree, token_map=token_map)
+    return DraftModelDrafter(draft, tree, rule.temperature, rule.top_k, rule.top_p, token_map)
+
+
+register_drafter("medusa", _medusa, default_tree=_MEDUSA_TREE, needs=("heads",), auto=True)
+register_drafter("draft", _draft, needs=("draft_model",))
+register_drafter(
+    "ngram",
+    _ngram,
+    options={
+        "max_n": Option(int, "n-grams: the longest match (default 3)"),
+        "min_n": Option(int, "n-grams: the shortest match to draft after (default 1)"),
+        "reach": Option(
+            int,
+            "n-grams: how far to draft after a match of 1, 2, ... tokens; after longer ones, the whole tree "
+            "(default 3 7; without numbers always the whole tree)",
+            many=True,
+        ),
+    },
+)

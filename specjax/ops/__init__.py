@@ -3,8 +3,8 @@
 `plain` has every operation as the mathematics says it, `cpu` what XLA:CPU computes faster in another arrangement. What
 is traced carries both, and lowering keeps the one of its platform (`jax.lax.platform_dependent`): the program of an
 accelerator, also one that is compiled ahead of time on a CPU, has nothing of the other. How many rows a decoding step
-has is a shape, and shapes are fixed when a program is traced: `padded_rows` goes by the platform that JAX runs on, or by
-the one that `tracing_for` names. Under `vmap` a batch supplies the rows; operations can be differentiated.
+has is a shape, and shapes are fixed when a program is traced: `padded_rows` goes by the platform that JAX runs on, or
+by the one that `tracing_for` names. Under `vmap` a batch supplies the rows; operations can be differentiated.
 """
 
 import contextlib

@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from specjax.acceptance import Acceptance, Greedy, Sample, Typical
+from specjax.acceptance import Acceptance, acceptance_for
 from specjax.corpus.prompts import load_prompts
 from specjax.decode import capacity_for
 from specjax.drafters.base import NoDrafter
 from specjax.drafters.medusa import MedusaDrafter
-from specjax.drafters.registry import build_drafter
+from specjax.drafters.registry import build_drafter, default_drafter, entries_of, refuse_idle
 from specjax.environment import environment
 from specjax.errors import ConfigError, PromptError
 from specjax.heads import Heads
@@ -75,26 +75,26 @@ class Method:
     tree: str = "auto"
     drafter: str | None = None  # as `specjax generate --drafter`; None: medusa if there are heads, otherwise none
     draft_model: str | None = None
-    max_n: int | None = None  # these three are the n-gram drafter's, with its defaults
-    min_n: int | None = None
-    reach: tuple[int, ...] | None = None
+    options: dict[str, Any] = field(default_factory=dict)  # the drafter's own, such as {"max_n": 4} of n-grams
     temperature: float = 0.0  # 0: greedy; above: lossless sampling
     top_p: float = 1.0
     top_k: int | None = None
     typical: bool = False  # typical acceptance at that temperature: NOT lossless
 
     @property
-    def ngram(self) -> dict[str, Any]:
-        """What is set of the n-gram drafter's settings.
+    def drafts_with(self) -> str:
+        """The drafter's name: the one that the files are for where none is named.
 
         Raises:
-          ConfigError: something is, and no n-grams draft.
+          ConfigError: an unknown drafter, or files or options that it does not use.
         """
-        given = {"max_n": self.max_n, "min_n": self.min_n, "reach": self.reach}
-        found = {name: value for name, value in given.items() if value is not None}
-        if found and "ngram" not in (self.drafter or "").split("+"):
-            raise ConfigError(f"{self.name}: {found} is for the drafter ngram, and this one is {self.drafter!r}.")
-        return found
+        files = {"heads": self.heads, "draft_model": self.draft_model}
+        named = self.drafter or default_drafter(files)
+        try:
+            refuse_idle(named, files, self.options)
+        except ConfigError as error:
+            raise ConfigError(f"{self.name}: {error}") from error
+        return named
 
     @property
     def acceptance(self) -> Acceptance:
@@ -103,14 +103,7 @@ class Method:
         Raises:
           ConfigError: a parameter outside its range, or one that the rule does not have.
         """
-        if (self.top_p != 1.0 or self.top_k is not None) and (self.typical or not self.temperature):
-            raise ConfigError(
-                f"{self.name}: top_p {self.top_p} and top_k {self.top_k} shape sampling; "
-                "set a temperature, and not typical."
-            )
-        if self.typical:
-            return Typical(self.temperature)
-        return Sample(self.temperature, self.top_k, self.top_p) if self.temperature else Greedy()
+        return acceptance_for(self.temperature, self.top_k, self.top_p, typical=self.typical)
 
 
 @dataclass(frozen=True)
@@ -183,9 +176,8 @@ class DecodeExperiment:
         output_dir: Path,
         console: Console,
     ) -> Contender:
-        ngram = method.ngram
-        named = method.drafter or ("none" if method.heads is None else "medusa")
-        if named != "medusa" or method.tree != "auto":
+        named = method.drafts_with
+        if method.tree != "auto" or not all(entry.auto for _, entry in entries_of(named)) or named == "none":
             drafter = build_drafter(
                 named,
                 model,
@@ -193,7 +185,7 @@ class DecodeExperiment:
                 heads=method.heads,
                 draft_model=method.draft_model,
                 acceptance=method.acceptance,
-                ngram=ngram,
+                options=method.options,
             )
             return Contender(method.name, model, drafter or NoDrafter(), method.acceptance)
         if method.heads is None:

@@ -1,6 +1,5 @@
 """A round taken apart: what was drafted, what the target said at every node, what was accepted."""
 
-import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -11,10 +10,10 @@ from jaxtyping import Int
 
 from specjax import ops
 from specjax.acceptance import Greedy
-from specjax.decode import State, prefill
+from specjax.decode import plan_for, prefill
 from specjax.drafters.base import Drafter
 from specjax.loading.load import Model
-from specjax.loop import commit, look
+from specjax.loop import Plan, State, commit, draft_and_verify
 from specjax.proposal import NO_DRAFT
 
 
@@ -37,12 +36,12 @@ class RoundAnatomy:
     committed: Int[np.ndarray, "k"]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "eos"))
-def _round(params, config, drafter, eos, state):  # type: ignore[no-untyped-def]
-    found = look(params, config, drafter, Greedy(), state)
+@jax.jit
+def _round(plan: Plan, state: State) -> tuple[jax.Array, jax.Array, jax.Array, State]:
+    found = draft_and_verify(plan, state)
     drafts = found.proposal.tokens
     choices = jnp.where(drafts == NO_DRAFT, NO_DRAFT, ops.top_token(found.logits))
-    return drafts, choices, found.verdict.node, commit(drafter, eos, state, found)
+    return drafts, choices, found.verdict.node, commit(plan, state, found)
 
 
 def take_apart(
@@ -57,12 +56,12 @@ def take_apart(
       SpecJaxError: whatever `drafter.check` finds.
     """
     state: State = prefill(model, prompt_ids, drafter=drafter, max_new_tokens=max_new_tokens)
-    drafter = drafter.prepare(model.params)
-    tree = drafter.tree
+    plan = plan_for(model, drafter, Greedy())
+    tree = plan.drafter.tree
     while not bool(state.finished):
         length = int(state.length)
         before = np.asarray(state.tokens[:length])
-        drafts, choices, node, state = _round(model.params, model.config, drafter, model.config.eos_token_ids, state)
+        drafts, choices, node, state = _round(plan, state)
         path = tuple(n for n in np.flatnonzero(tree.ancestors[int(node)]).tolist() if n)
         committed = np.asarray(state.tokens[length : int(state.length)])
         yield RoundAnatomy(before, np.asarray(drafts), np.asarray(choices), path, committed)

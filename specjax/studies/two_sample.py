@@ -20,6 +20,7 @@ from specjax.drafters.registry import build_drafter
 from specjax.environment import environment
 from specjax.errors import DataError
 from specjax.loading.load import Model, load_model
+from specjax.loop import Plan, State, batch_rounds, first_token
 from specjax.target.cache import KVCache
 
 _EXPECTED = 8  # outcomes that are rarer in both samples together are pooled by hash
@@ -50,22 +51,20 @@ def sample(
     n = jnp.int32(len(prompt_ids))
     target_read = decode.read_prompt(model.params, model.config, jnp.asarray(tokens), n)
 
-    @functools.partial(jax.jit, static_argnames="config")
-    def run(
-        params: Any, config: Any, drafter: Drafter, key: jax.Array, features: jax.Array, cache: KVCache
-    ) -> tuple[jax.Array, jax.Array]:
-        def begin(key: jax.Array) -> decode.State:
-            prompt = (jnp.asarray(tokens), n, n + length)
-            return decode.begin(params, drafter, acceptance, (), *prompt, key, features, cache)
+    plan = decode.plan_for(model, drafter, acceptance, ())
 
-        state = jax.vmap(begin)(jax.random.split(key, batch_size))
-        state = decode.batch_loop(params, config, drafter, acceptance, (), state)
+    @jax.jit
+    def run(plan: Plan, key: jax.Array, features: jax.Array, cache: KVCache) -> tuple[jax.Array, jax.Array]:
+        def begin(key: jax.Array) -> State:
+            return first_token(plan, jnp.asarray(tokens), n, n + length, key, features, cache)
+
+        state = batch_rounds(plan, jax.vmap(begin)(jax.random.split(key, batch_size)))
         accepted = jnp.where(jnp.arange(state.accepted.shape[1]) < state.rounds[:, None], state.accepted, 0)
         return state.tokens[:, len(prompt_ids) : len(prompt_ids) + length], accepted.sum() / state.rounds.sum()
 
     drawn, accepted = [], []
     for i in range(-(-samples // batch_size)):
-        out, drafts = run(model.params, model.config, drafter, jax.random.fold_in(key, i), *target_read)
+        out, drafts = run(plan, jax.random.fold_in(key, i), *target_read)
         drawn.append(np.asarray(out))
         accepted.append(float(drafts))
         progress(batch_size)

@@ -11,7 +11,7 @@ import tokenizers
 from conftest import tiny_model
 
 import specjax as sj
-from specjax import decode
+from specjax import decode, loop
 from specjax.drafters.base import Context
 from specjax.loading.tokenizer import Tokenizer
 from specjax.target.model import forward, unembed
@@ -33,7 +33,7 @@ def test_both_caches_hold_exactly_the_committed_tokens(case):
     if case == "subtrees":  # the target reads 3, 4 or 8 rows of them
         ngram = sj.NgramDrafter(sj.Tree.chain(5), reach=(1,))
         drafter = sj.HybridDrafter((ngram, dataclasses.replace(drafter, tree=sj.Tree.chain(2))))
-    step = jax.jit(decode.round_, static_argnames=("config", "acceptance", "eos"))
+    step = jax.jit(loop.decode_round)
     state = decode.prefill(
         model, PROMPT, drafter=drafter, acceptance=acceptance, max_new_tokens=30, key=jax.random.key(2)
     )
@@ -52,7 +52,7 @@ def test_both_caches_hold_exactly_the_committed_tokens(case):
         np.testing.assert_allclose(drafted.features, fresh.features[length - 1], atol=1e-5)
         if state.finished:
             break
-        state = step(model.params, model.config, drafter, acceptance, (), state)
+        state = step(loop.Plan(model.params, drafter, (), model.config, acceptance), state)
     assert int(state.length) == len(PROMPT) + 30
     if case == "hybrid":
         assert int(state.accepted.max()) == 4
@@ -196,7 +196,7 @@ def test_an_equal_draft_loaded_anew_compiles_nothing(model):
         draft = dataclasses.replace(tiny_model(9, vocab=56), tokenizer=tokenizer)
         target = dataclasses.replace(tiny_model(vocab=56), tokenizer=tokenizer)
         sj.generate(target, PROMPT, drafter=sj.DraftModelDrafter(draft, CHAIN), max_new_tokens=4)
-        return decode._begin._cache_size(), decode._loop._cache_size()
+        return decode._first_token._cache_size(), decode._run_rounds._cache_size()
 
     assert request() == request()
 

@@ -19,7 +19,7 @@ from fast_keys import fast_key
 import specjax as sj
 import specjax.target.model
 from specjax import acceptance as rules
-from specjax import decode
+from specjax import decode, loop
 from specjax.loading.tokenizer import Tokenizer
 from specjax.target.model import forward, unembed
 
@@ -133,11 +133,13 @@ def empirical_law(vocab, acceptance, drafter, runs):
     # enough for some optimisation to pay (tests/conftest.py turns it off).
     @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 1})
     def batch(params, drafter, key, tokens, n, features, cache):
+        plan = loop.Plan(params, drafter, (), model.config, acceptance)
+
         def begin(key):
-            return decode.begin(params, drafter, acceptance, (), tokens, n, n + LENGTH, key, features, cache)
+            return loop.first_token(plan, tokens, n, n + LENGTH, key, features, cache)
 
         states = jax.vmap(begin)(jax.random.split(key, BATCH))
-        states = decode.batch_loop(params, model.config, drafter, acceptance, (), states)
+        states = loop.batch_rounds(plan, states)
         said = jax.lax.dynamic_slice_in_dim(states.tokens, n, LENGTH, axis=1)
         return said, (LENGTH - 1 - states.rounds).mean()
 

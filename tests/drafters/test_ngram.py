@@ -116,7 +116,6 @@ def test_the_subtrees_are_those_within_reach():
 PROMPTS = [[5, 6, 7, 5, 6], [9, 3, 1, 9, 3, 1]]
 # Reads 1, 2 or 4 nodes.
 ADAPTIVE = sj.NgramDrafter(sj.Tree.chain(3), reach=(1,))
-STATIC = (1, 3, 4)
 
 
 @jax.tree_util.register_dataclass
@@ -135,8 +134,8 @@ def needed(drafts):
 def begin(model, drafter, acceptance, prompt, seed=1):
     """The state after the prompt, 40 tokens before the end."""
     tokens, n = jnp.asarray(prompt + [0] * (64 - len(prompt))), jnp.int32(len(prompt))
-    start = jax.jit(loop.start, static_argnums=STATIC)
-    return start(model.params, model.config, drafter, acceptance, (), tokens, n, n + 40, jax.random.key(seed))
+    plan = loop.Plan(model.params, drafter, (), model.config, acceptance)
+    return jax.jit(loop.start)(plan, tokens, n, n + 40, jax.random.key(seed))
 
 
 @pytest.fixture
@@ -160,13 +159,13 @@ def widths(monkeypatch):
 def test_a_round_reads_the_nodes_with_drafts_alone(widths, acceptance, window):
     """The widths of the target forwards beside what was drafted in each round, and the cache after each."""
     model = tiny_model(0, 0.3, sliding_window=window)  # as in test_draft_model.py: caches are compared to 1e-5
-    plan = (model.params, model.config, ADAPTIVE, acceptance, ())
+    plan = loop.Plan(model.params, ADAPTIVE, (), model.config, acceptance)
     state, expected = begin(model, ADAPTIVE, acceptance, PROMPTS[0]), []
-    step, prefill = jax.jit(loop.round_, static_argnums=STATIC), jax.jit(read, static_argnums=1)
+    step, prefill = jax.jit(loop.decode_round), jax.jit(read, static_argnums=1)
     while not state.finished:
         drafts = propose(ADAPTIVE, state.tokens, state.length)[1:]
         expected.append(needed(drafts))
-        state = step(*plan, state)
+        state = step(plan, state)
         jax.effects_barrier()
         assert widths == expected
         _, fresh = prefill(model.params, model.config, state.tokens, state.length - 1)
@@ -178,7 +177,7 @@ def test_a_round_reads_the_nodes_with_drafts_alone(widths, acceptance, window):
     assert {1, 2, 4} == set(expected)
     whole_tree = WholeTree(ADAPTIVE.tree, reach=(1,))
     other = begin(model, whole_tree, acceptance, PROMPTS[0])
-    whole = jax.jit(loop.loop, static_argnums=STATIC)(model.params, model.config, whole_tree, acceptance, (), other)
+    whole = jax.jit(loop.run_rounds)(loop.Plan(model.params, whole_tree, (), model.config, acceptance), other)
     np.testing.assert_array_equal(state.tokens[:45], whole.tokens[:45])
     assert int(state.rounds) == int(whole.rounds)
     np.testing.assert_array_equal(state.accepted[: state.rounds], whole.accepted[: state.rounds])
@@ -188,16 +187,16 @@ def test_a_round_reads_the_nodes_with_drafts_alone(widths, acceptance, window):
 def test_a_batch_reads_the_nodes_where_some_member_has_a_draft(model, widths, acceptance):
     """One forward a round for the whole batch: a predicate for every member would make it two."""
     states = [begin(model, ADAPTIVE, acceptance, prompt) for prompt in PROMPTS]
-    plan, going, expected = (model.params, model.config, ADAPTIVE, acceptance, ()), states, []
-    step = jax.jit(loop.round_, static_argnums=STATIC)
+    plan, going, expected = loop.Plan(model.params, ADAPTIVE, (), model.config, acceptance), states, []
+    step = jax.jit(loop.decode_round)
     while not all(bool(s.finished) for s in going):
         drafts = [propose(ADAPTIVE, s.tokens, s.length)[1:] for s in going if not s.finished]
         expected.append(max(needed(one) for one in drafts))
-        going = [step(*plan, s) for s in going]
+        going = [step(plan, s) for s in going]
     jax.effects_barrier()
     widths.clear()
     batch = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-    together = jax.jit(loop.batch_loop, static_argnums=STATIC)(*plan, batch)
+    together = jax.jit(loop.batch_rounds)(plan, batch)
     jax.block_until_ready(together)
     jax.effects_barrier()
     assert widths == expected
@@ -243,12 +242,12 @@ def test_many_combinations_are_thinned():
     assert sj.HybridDrafter((part, part)).subtrees == ((0,), (0, *range(2, 21, 2)), (0, *range(1, 20, 2)))
 
 
-def test_readings_are_the_cheapest_that_hold_the_drafts():
+def test_subtree_choices_are_the_cheapest_that_hold_the_drafts():
     """By number of rows; one that is padded to as many as one that holds it is left out, another as wide is not."""
     part = sj.NgramDrafter(sj.Tree.chain(2))
-    both = loop._readings(sj.HybridDrafter((part, part)), jnp.bfloat16, batched=False)
+    both = loop.subtree_choices(sj.HybridDrafter((part, part)), jnp.bfloat16, batched=False)
     assert both == [((0,), 1), ((0, 2, 4), 3), ((0, 1, 3), 3), ((0, 1, 2, 3, 4), 5)]
     long = sj.NgramDrafter(sj.Tree.chain(7), reach=(5,))
-    assert loop._readings(long, jnp.float32, batched=False) == [((0,), 1), (tuple(range(8)), 8)]
-    assert [rows for _, rows in loop._readings(long, jnp.float32, batched=True)] == [1, 6, 8]
-    assert loop._readings(sj.drafters.base.NoDrafter(), jnp.float32, batched=False) == [((0,), 1)]
+    assert loop.subtree_choices(long, jnp.float32, batched=False) == [((0,), 1), (tuple(range(8)), 8)]
+    assert [rows for _, rows in loop.subtree_choices(long, jnp.float32, batched=True)] == [1, 6, 8]
+    assert loop.subtree_choices(sj.drafters.base.NoDrafter(), jnp.float32, batched=False) == [((0,), 1)]

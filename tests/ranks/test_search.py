@@ -7,7 +7,7 @@ import pytest
 from rank_tables import table_of
 
 import specjax as sj
-from specjax.drafters.registry import DEFAULT_TREES
+from specjax.drafters.registry import drafter_entry
 from specjax.loading.head_files import packaged_ranks
 from specjax.ranks.search import (
     Limits,
@@ -177,7 +177,7 @@ def test_searches_agree_on_the_other_half_of_the_shipped_table_where_trees_are_s
 
 
 def test_the_usual_medusa_tree_is_the_searchs(shipped):
-    assert sj.Tree.parse(DEFAULT_TREES["medusa"]) == SEARCHES["walk"](shipped, 6, Limits())
+    assert sj.Tree.parse(drafter_entry("medusa").default_tree) == SEARCHES["walk"](shipped, 6, Limits())
 
 
 @pytest.mark.full

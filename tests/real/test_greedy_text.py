@@ -23,6 +23,7 @@ PROMPTS = (
 )
 
 
+@pytest.mark.full
 def test_smollm2_greedy_text(smollm2):
     path = _packaged("smollm2-135m-instruct")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)

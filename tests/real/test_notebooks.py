@@ -19,6 +19,7 @@ def processor_seconds():
     return used.ru_utime + used.ru_stime
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", NAMES)
 def test_notebook_runs(name):
     notebook, before = jupytext.read(FOLDER / f"{name}.py"), processor_seconds()

@@ -68,6 +68,7 @@ def questions(smollm2):
     return sorted(([row.get(token, len(row) - 1) for token in chat] for chat in chats), key=len)
 
 
+@pytest.mark.full
 def test_a_trained_qwen2_with_its_own_heads(small, questions):
     """Greedy answers stay what they are, and the heads know them far better than the LM head, where they started."""
     heads = sj.load_heads("smollm2-draft", small.config)
@@ -84,6 +85,7 @@ def test_a_trained_qwen2_with_its_own_heads(small, questions):
     assert (fitted - before > np.array([0.25, 0.15, 0.1, 0.1])).all()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["draft chain", "draft tree", "ngram"])
 def test_sampling_is_the_targets_on_real_weights(small, draw, name):
     """T = 1, three tokens, 20,000 samples with and without speculation."""
@@ -100,6 +102,7 @@ def test_sampling_is_the_targets_on_real_weights(small, draw, name):
     assert p_value(plain(0), ours) > 1e-3
 
 
+@pytest.mark.full
 def test_two_autoregressive_samples_agree_and_a_greedier_one_does_not(draw):
     plain, _ = draw
     assert p_value(plain(0), plain(1)) > 1e-3

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import specjax as sj
 from specjax.loading.head_files import heads_metadata
@@ -24,6 +25,7 @@ def test_shipped_heads_are_small_and_recorded():
     assert len(heads.read_bytes()) < 4e6
 
 
+@pytest.mark.full
 def test_a_qwen2_with_zero_biases_is_the_llama(smollm2):
     config = dataclasses.replace(smollm2.config, family="qwen2", qkv_bias=True)
     shape = (config.num_kv_heads, config.group_size + 2, config.head_dim)

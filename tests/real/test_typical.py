@@ -30,6 +30,7 @@ def case(smollm2):
     return small, heads, texts, measure(small, heads, texts, typical_temperature=0.7, candidates=8)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_rounds_that_stay_on_the_text_are_the_decoders(case, rule):
     """The first round after every prefix: each head's draft is judged by the law of its own row."""
@@ -49,6 +50,7 @@ def test_rounds_that_stay_on_the_text_are_the_decoders(case, rule):
     assert sum(expected[i] > 1 for i in picked) > 20
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_tokens_per_round_are_near_the_decoders(case, rule):
     """Decoding leaves the text, the simulation does not: there is an error (seen: -9.9%, -7.3% and 0.0%)."""
