@@ -1,4 +1,4 @@
-# make demo: the main job on the real model. make test: everything that must pass. Each sets up .venv by itself.
+# make demo: the main job on the real model. make test: everything essential. Each sets up .venv by itself.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,11 +10,16 @@ IS_311 := $(shell $(PYTHON) -c 'import sys; print(int(sys.version_info[:2] == (3
 EXTRA_PARITY := ,parity
 TEST_EXTRAS := test$(if $(filter 1,$(IS_311)),$(EXTRA_PARITY))
 
-.PHONY: help demo test lint bench notebooks clean
+# Two processes: most of the time is compilation, which uses one core. Real weights apart: tests/conftest.py says why.
+PYTEST := $(BIN)/python -m pytest
+TWO := -n 2 --dist loadgroup
+
+.PHONY: help demo test test-full lint bench notebooks clean
 
 help:
 	@echo "make demo    decode with and without Medusa heads on SmolLM2-135M, and compare"
-	@echo "make test    lint, type check and all tests"
+	@echo "make test    lint, type check and the essential tests"
+	@echo "make test-full  lint, type check and all tests: kills, hosts, meshes, parity, 40 prompts of 128 tokens"
 	@echo "make lint    ruff and mypy alone"
 	@echo "make bench   time a round against the size of the tree on this machine"
 	@echo "make notebooks  execute the notebooks and store their figures"
@@ -46,10 +51,15 @@ lint: $(VENV)/test
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-# Two processes: most of the time is compilation, which uses one core. Real weights apart: tests/conftest.py says why.
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/real
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests/real
+	$(PYTEST) $(TWO) --fast --ignore tests/real
+	$(PYTEST) $(TWO) --fast tests/real
+
+# The notebooks last and one by one: each has both cores, as a reader's has.
+test-full: lint
+	$(PYTEST) $(TWO) --ignore tests/real
+	$(PYTEST) $(TWO) --ignore tests/real/test_notebooks.py tests/real
+	$(PYTEST) tests/real/test_notebooks.py
 
 bench: $(VENV)/run
 	$(BIN)/specjax run experiments/round_time_smollm2.py

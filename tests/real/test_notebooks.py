@@ -27,7 +27,7 @@ def test_notebook_runs(name):
         notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": FOLDER}}
     ).execute()
     assert not [o for cell in notebook.cells for o in cell.get("outputs", ()) if o.output_type == "error"]
-    # Another test runs meanwhile: not the time on the clock, but what both cores need at the least.
+    # Something else may run meanwhile: not the time on the clock, but what both cores need at the least.
     assert 5 < (processor_seconds() - before) / 2 < LIMIT
 
 
