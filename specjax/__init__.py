@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from specjax.drafters.hybrid import HybridDrafter
     from specjax.drafters.medusa import MedusaDrafter
     from specjax.drafters.ngram import NgramDrafter
-    from specjax.drafters.registry import register_drafter
+    from specjax.drafters.registry import DrafterOption, register_drafter
     from specjax.errors import CheckpointError, ConfigError, DataError, PromptError, SpecJaxError, TreeError
     from specjax.heads import Heads, MedusaConfig
     from specjax.loading.head_files import load_heads, save_heads
@@ -36,6 +36,7 @@ _HOMES = {
     "DraftModelDrafter": "specjax.drafters.draft_model",
     "Drafter": "specjax.drafters.base",
     "DrafterBase": "specjax.drafters.base",
+    "DrafterOption": "specjax.drafters.registry",
     "Generation": "specjax.decode",
     "Greedy": "specjax.acceptance",
     "Heads": "specjax.heads",
@@ -74,6 +75,7 @@ __all__ = [
     "DraftModelDrafter",
     "Drafter",
     "DrafterBase",
+    "DrafterOption",
     "Generation",
     "Greedy",
     "Heads",

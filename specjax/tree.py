@@ -24,6 +24,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from specjax.errors import TreeError
+from specjax.files import write_atomically
 
 _FORMAT, _VERSION = "specjax.tree", 1
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -320,7 +321,7 @@ class Tree:
         path, name = writable(where), str(where)
         path.parent.mkdir(parents=True, exist_ok=True)
         named = self if name.endswith(".json") else replace(self, name=name)
-        path.write_text(named.to_json() + "\n")
+        write_atomically(path, named.to_json() + "\n", error=TreeError, remedy="name another place for the tree.")
         return path
 
     @classmethod

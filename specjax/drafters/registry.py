@@ -48,7 +48,7 @@ class Ingredients:
 
 
 @dataclass(frozen=True)
-class Option:
+class DrafterOption:
     """A setting of a drafter, for the command line (`--max-n`) and for experiments.
 
     Attributes:
@@ -76,7 +76,7 @@ class DrafterEntry:
     build: Callable[[Ingredients], Drafter]
     default_tree: str = "chain:4"
     needs: tuple[str, ...] = ()
-    options: Mapping[str, Option] = field(default_factory=dict)
+    options: Mapping[str, DrafterOption] = field(default_factory=dict)
     auto: bool = False
 
 
@@ -93,7 +93,7 @@ def register_drafter(
     *,
     default_tree: str = "chain:4",
     needs: tuple[str, ...] = (),
-    options: Mapping[str, Option] | None = None,
+    options: Mapping[str, DrafterOption] | None = None,
     auto: bool = False,
 ) -> None:
     """Makes a drafter known to the command line, experiments and `build_drafter`; arguments as in `DrafterEntry`.
@@ -264,9 +264,9 @@ register_drafter(
     "ngram",
     _ngram,
     options={
-        "max_n": Option(int, "n-grams: the longest match (default 3)"),
-        "min_n": Option(int, "n-grams: the shortest match to draft after (default 1)"),
-        "reach": Option(
+        "max_n": DrafterOption(int, "n-grams: the longest match (default 3)"),
+        "min_n": DrafterOption(int, "n-grams: the shortest match to draft after (default 1)"),
+        "reach": DrafterOption(
             int,
             "n-grams: how far to draft after a match of 1, 2, ... tokens; after longer ones, the whole tree "
             "(default 3 7; without numbers always the whole tree)",

@@ -10,9 +10,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save as serialised
 
 from specjax.errors import CheckpointError, ConfigError
+from specjax.files import write_atomically
 from specjax.heads import Heads
 from specjax.loading import torch_pickle
 from specjax.loading.head_files import save_heads
@@ -117,9 +118,9 @@ def export_heads(
     if file.suffix == ".pt":
         torch_pickle.write(file, tensors)
     else:
-        save_file(tensors, file, metadata={"format": "pt"})
+        write_atomically(file, serialised(tensors, metadata={"format": "pt"}), error=CheckpointError)
     if extra:
-        (directory / "config.json").write_text(json.dumps(extra, indent=2) + "\n", "utf-8")
+        write_atomically(directory / "config.json", json.dumps(extra, indent=2) + "\n", error=CheckpointError)
     return file
 
 

@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from safetensors.numpy import save_file
+from safetensors.numpy import save as serialised
 
 from specjax.checks import check_is
 from specjax.errors import CheckpointError, ConfigError
+from specjax.files import write_atomically
 from specjax.fingerprint import fingerprint
 from specjax.heads import Heads, MedusaConfig, MedusaHeads, check_token_map
 from specjax.loading import safetensors, torch_pickle
@@ -94,7 +95,8 @@ def save_heads(path: str | os.PathLike[str], heads: Heads, metadata: Mapping[str
         tensors["token_map"] = np.asarray(heads.token_map)
     header = {"config": json.dumps(dataclasses.asdict(heads.config)), "metadata": json.dumps(dict(metadata or {}))}
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path, metadata={"format": _FORMAT, "version": _VERSION, **header})
+    whole = serialised(tensors, metadata={"format": _FORMAT, "version": _VERSION, **header})
+    write_atomically(Path(path), whole, error=CheckpointError)
 
 
 def heads_metadata(source: str | os.PathLike[str]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import safetensors.numpy
 from jax.typing import DTypeLike
 
 from specjax.errors import CheckpointError
+from specjax.files import write_atomically
 from specjax.loading import layout
 from specjax.loading import safetensors as tensors
 from specjax.target.config import ModelConfig
@@ -81,8 +82,9 @@ def save_hf(
         for leaf, pieces in zip(jax.tree.leaves(params), plan.pieces, strict=True)
         for name, piece in pieces
     }
-    safetensors.numpy.save_file(stored | dict(beside or {}), directory / tensors.SINGLE, metadata={"format": "pt"})
-    (directory / "config.json").write_text(text + "\n", "utf-8")
+    whole = safetensors.numpy.save(stored | dict(beside or {}), metadata={"format": "pt"})
+    write_atomically(directory / tensors.SINGLE, whole, error=CheckpointError)
+    write_atomically(directory / "config.json", text + "\n", error=CheckpointError)
 
 
 def _hf_config(params: Params, config: ModelConfig) -> dict[str, Any]:

@@ -172,6 +172,6 @@ def _downloaded(repo: str) -> Path:
         return Path(snapshot_download(repo, allow_patterns=list(_HF_FILES)))
     except Exception as error:  # no network, no such repository, gated: the library's errors share no narrow base
         raise CheckpointError(
-            f"{repo!r} is not a local directory and cannot be downloaded from Hugging Face "
-            f"({type(error).__name__}: {error}); check the name and the network, or download it elsewhere."
+            f"{repo!r} is not a local directory and cannot be downloaded from Hugging Face ({type(error).__name__}): "
+            "check the name and the network, or download it elsewhere and name its directory."
         ) from error

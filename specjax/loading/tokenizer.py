@@ -22,6 +22,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from specjax.checks import is_whole
 from specjax.errors import CheckpointError, PromptError
+from specjax.files import write_atomically
 
 
 class Tokenizer:
@@ -182,7 +183,9 @@ class Tokenizer:
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", **self.special_tokens}
         if self.chat_template is not None:
             settings["chat_template"] = self.chat_template
-        (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
+        write_atomically(
+            directory / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n", error=CheckpointError
+        )
 
     @classmethod
     def from_hf(cls, directory: Path, eos_token_ids: Sequence[int]) -> "Tokenizer | None":

@@ -6,6 +6,7 @@ token j, with its `log_p` and `entropy`, is row j's; head i's draft there is jud
 """
 
 import functools
+import io
 import json
 import zipfile
 import zlib
@@ -18,6 +19,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from specjax.errors import DataError
+from specjax.files import write_atomically
 from specjax.fingerprint import fingerprint, float_dtype
 from specjax.heads import Heads
 from specjax.loading.load import Model
@@ -256,7 +258,9 @@ class RankTable:
         header = {"format": _FORMAT, "version": _VERSION, "cap": self.cap, "manifest": self.manifest}
         columns = {name: getattr(self, name) for name in (*_COLUMNS, *_OPTIONAL) if getattr(self, name) is not None}
         columns |= {"confidence": self.confidence.astype(np.float16), "categories": np.array(self.categories)}
-        np.savez_compressed(path, header=np.array(json.dumps(header)), **columns)
+        whole = io.BytesIO()
+        np.savez_compressed(whole, header=np.array(json.dumps(header)), **columns)
+        write_atomically(Path(path), whole.getbuffer())
 
     @classmethod
     def load(cls, path: str | Path) -> "RankTable":

@@ -11,6 +11,7 @@ import tyro
 from rich.console import Console
 
 from specjax.errors import ConfigError
+from specjax.files import write_atomically
 from specjax.studies.decode import Prompts
 
 
@@ -85,6 +86,6 @@ def run_config(config: Experiment, directory: Path, console: Console) -> int:
     directory.mkdir(parents=True, exist_ok=True)
     result = config.run(directory, console)
     if jax.process_index() == 0:
-        target.write_text(json.dumps(result, indent=2) + "\n")
+        write_atomically(target, json.dumps(result, indent=2) + "\n")
         console.print(f"wrote {target}")
     return 0

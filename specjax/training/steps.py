@@ -19,6 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from specjax.errors import CheckpointError, DataError
+from specjax.files import write_atomically
 from specjax.loading import checkpoint
 from specjax.training import identity
 
@@ -255,14 +256,6 @@ def _write_log(directory: Path, log: list[dict[str, Any]]) -> None:
 
 
 def _write(file: Path, text: str) -> None:
-    if jax.process_index() != 0:
-        return
-    partial = file.with_name(file.name + ".tmp")
-    try:
-        partial.write_text(text, "utf-8")
-        partial.replace(file)
-    except OSError as error:
-        raise CheckpointError(
-            f"{file} cannot be written: {error}; is the disk full? Make room and run again: the last checkpoint is "
-            "intact."
-        ) from error
+    if jax.process_index() == 0:
+        remedy = "is the disk full? Make room and run again: the last checkpoint is intact."
+        write_atomically(file, text, error=CheckpointError, remedy=remedy)

@@ -1,0 +1,133 @@
+"""Drafters by name, and one that is written outside the package: docs/write_a_drafter.md, as it stands there."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import specjax as sj
+from specjax.cli.main import main
+from specjax.drafters import registry
+from specjax.drafters.registry import build_drafter, drafter_entry, drafter_names, register_drafter
+
+PAGE = Path(__file__).parents[2] / "docs" / "write_a_drafter.md"
+
+
+@pytest.fixture
+def outside(tmp_path, monkeypatch):
+    """A folder with the page's module in it, as the one that commands are given in; what it registers goes again."""
+    (code, *_) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    (tmp_path / "periodic.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    monkeypatch.setattr(registry, "_ENTRIES", dict(registry._ENTRIES))
+    yield tmp_path
+    sys.modules.pop("periodic", None)
+
+
+def test_the_pages_drafter_has_25_lines():
+    (code, *_) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 25
+
+
+def test_it_is_lossless_and_drafts(outside, model):
+    import periodic
+
+    drafter = periodic.Periodic(sj.Tree.chain(3), period=1)
+    for prompt in ([1, 2, 3, 4, 5], [7] * 9):
+        base = sj.generate(model, prompt, max_new_tokens=40)
+        out = sj.generate(model, prompt, drafter=drafter, max_new_tokens=40)
+        np.testing.assert_array_equal(out.tokens, base.tokens)
+    told = sj.generate(model, [7] * 9, drafter=periodic.Periodic(sj.Tree.chain(3)), max_new_tokens=40)
+    assert told.rounds <= 39
+
+
+def test_it_drafts_from_the_command_line(outside, checkpoint, capsys):
+    command = ["generate", "--model", str(checkpoint), "--prompt", "hi", "--max-new-tokens", "9", "--dtype", "float32"]
+    assert main(command) == 0
+    plain = capsys.readouterr().out
+    for drafter in (["periodic:Periodic"], ["ngram+periodic:Periodic", "--tree", "chain:2+chain:3"]):
+        assert main([*command, "--drafter", *drafter]) == 0
+        assert capsys.readouterr().out == plain
+    for wrong, message in (("nowhere:Periodic", "cannot be imported"), ("periodic:Nothing", "cannot be imported")):
+        assert main([*command, "--drafter", wrong]) == 2
+        assert message in capsys.readouterr().err
+    assert main([*command, "--drafter", "periodic:option"]) == 2
+    assert "expected a drafter's class" in capsys.readouterr().err
+
+
+EXPERIMENT = """
+import periodic
+from specjax.studies.decode import DecodeExperiment, Decoding, Method, Prompts
+
+def get_config():
+    methods = (
+        Method("autoregressive", "float32"),
+        Method("registered", "float32", drafter="periodic", tree="chain:2", options={{"period": 2}}),
+        Method("named", "float32", drafter="periodic:Periodic", tree="chain:2"),
+    )
+    return DecodeExperiment("outside", {model!r}, methods, Prompts(per_category=1), Decoding(max_new_tokens=8))
+"""
+
+
+def test_it_drafts_in_an_experiment(outside, checkpoint):
+    (outside / "outside.py").write_text(EXPERIMENT.format(model=str(checkpoint)))
+    assert main(["run", "outside.py", "--output-dir", "out"]) == 0
+    _, *drafted = json.loads((outside / "out" / "result.json").read_text())["methods"]
+    assert [method["tree_nodes"] for method in drafted] == [3, 3]
+    for method in drafted:
+        assert method["identical_to_autoregressive"]["same"] == method["identical_to_autoregressive"]["of"]
+
+
+def test_a_registered_drafter_is_known_everywhere(outside):
+    register_drafter("mine", lambda given: sj.NgramDrafter(given.tree or sj.Tree.chain(1)))
+    assert "mine" in drafter_names()
+    assert drafter_entry("mine").default_tree == "chain:4"
+    for wrong, message in (
+        ("none", "cannot be named"),
+        ("a+b", "cannot be named"),
+        ("medusa", "is a drafter 'medusa'"),
+    ):
+        with pytest.raises(sj.ConfigError, match=message):
+            register_drafter(wrong, lambda given: None)
+    with pytest.raises(sj.ConfigError, match="needs 'adapters'"):
+        register_drafter("other", lambda given: None, needs=("adapters",))
+    with pytest.raises(sj.TreeError):
+        register_drafter("other", lambda given: None, default_tree="no tree")
+    with pytest.raises(sj.ConfigError, match=r"no drafter 'eagle'; expected none, or one or more of .*mine"):
+        drafter_entry("eagle")
+
+
+def test_a_part_may_stand_twice(model):
+    both = build_drafter("ngram+ngram", model, tree="chain:2+chain:3", options={"max_n": 2})
+    assert [part.tree.max_depth for part in both.parts] == [2, 3]
+    assert {part.max_n for part in both.parts} == {2}
+
+
+def test_a_closed_pipe_ends_quietly():
+    """As of `specjax tree show mc_sim_7b_63 | head -1`."""
+    shell = f"{sys.executable} -m specjax.cli tree show mc_sim_7b_63 | head -1"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=False)
+    assert done.stdout
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_the_command_answers_without_loading_jax(option):
+    probe = f"""
+import sys
+sys.argv[1:] = [{option!r}]
+try:
+    from specjax.cli.main import main
+    main()
+finally:
+    print('jax' in sys.modules)
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, env=environment)
+    assert done.stdout.strip().endswith("False")
