@@ -6,6 +6,7 @@ import pytest
 
 import specjax as sj
 from specjax.target.config import RopeScaling
+from specjax.target.families import config_from_gguf, config_from_hf
 
 LLAMA = {
     "model_type": "llama", "vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -23,27 +24,27 @@ GGUF = {
 
 
 def test_the_same_model_from_both_formats():
-    hf, gguf = sj.ModelConfig.from_hf(LLAMA), sj.ModelConfig.from_gguf(GGUF, tied=False)
+    hf, gguf = config_from_hf(LLAMA), config_from_gguf(GGUF, tied=False)
     assert dataclasses.replace(hf, name="") == dataclasses.replace(gguf, name="")
     assert (hf.head_dim, hf.group_size, hf.qkv_bias) == (8, 2, False)
-    assert sj.ModelConfig.from_hf(QWEN2).qkv_bias
+    assert config_from_hf(QWEN2).qkv_bias
 
 
 def test_rope_in_old_and_new_keys():
     scaling = LLAMA3 | {"original_max_position_embeddings": 32}
-    old = sj.ModelConfig.from_hf(LLAMA | {"rope_theta": 5e5, "rope_scaling": scaling})
-    new = sj.ModelConfig.from_hf(LLAMA | {"rope_parameters": scaling | {"rope_theta": 5e5}})
+    old = config_from_hf(LLAMA | {"rope_theta": 5e5, "rope_scaling": scaling})
+    new = config_from_hf(LLAMA | {"rope_parameters": scaling | {"rope_theta": 5e5}})
     assert old == new
     assert old.rope_theta == 5e5
     assert old.rope_scaling == RopeScaling("llama3", 8.0, 1.0, 4.0, 32)
-    linear = sj.ModelConfig.from_hf(LLAMA | {"rope_scaling": {"type": "linear", "factor": 2}})
+    linear = config_from_hf(LLAMA | {"rope_scaling": {"type": "linear", "factor": 2}})
     assert linear.rope_scaling == RopeScaling("linear", 2.0)
 
 
 def test_the_generation_configs_stop_tokens_win():
-    both = sj.ModelConfig.from_hf(LLAMA | {"eos_token_id": 2}, {"eos_token_id": [3, 5, 3]})
+    both = config_from_hf(LLAMA | {"eos_token_id": 2}, {"eos_token_id": [3, 5, 3]})
     assert both.eos_token_ids == (3, 5)
-    assert sj.ModelConfig.from_hf(LLAMA | {"eos_token_id": 2}).eos_token_ids == (2,)
+    assert config_from_hf(LLAMA | {"eos_token_id": 2}).eos_token_ids == (2,)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +76,7 @@ def test_the_generation_configs_stop_tokens_win():
     ],
 )
 def test_sliding_windows(changes, window):
-    assert sj.ModelConfig.from_hf(LLAMA | changes).sliding_window == window
+    assert config_from_hf(LLAMA | changes).sliding_window == window
 
 
 @pytest.mark.parametrize(
@@ -127,7 +128,7 @@ def test_sliding_windows(changes, window):
 )
 def test_what_cannot_be_computed_is_refused(changes, message):
     with pytest.raises(sj.ConfigError, match=message):
-        sj.ModelConfig.from_hf(LLAMA | changes)
+        config_from_hf(LLAMA | changes)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +164,7 @@ def test_what_cannot_be_computed_is_refused(changes, message):
 )
 def test_gguf_metadata_that_is_refused(changes, message):
     with pytest.raises(sj.ConfigError, match=message):
-        sj.ModelConfig.from_gguf(GGUF | changes, tied=False)
+        config_from_gguf(GGUF | changes, tied=False)
 
 
 FACTOR, OLD, TYPE = "llama.rope.scaling.factor", "llama.rope.scale_linear", "llama.rope.scaling.type"
@@ -190,13 +191,13 @@ FACTOR, OLD, TYPE = "llama.rope.scaling.factor", "llama.rope.scale_linear", "lla
 )
 def test_linear_rope_scaling_in_gguf(changes, factor):
     expected = None if factor is None else RopeScaling("linear", factor)
-    assert sj.ModelConfig.from_gguf(GGUF | changes, tied=False).rope_scaling == expected
+    assert config_from_gguf(GGUF | changes, tied=False).rope_scaling == expected
     if factor is None:
-        both = sj.ModelConfig.from_gguf(GGUF | changes, tied=False, rope_divisors=[1.0, 1.0, 2.0, 8.0])
+        both = config_from_gguf(GGUF | changes, tied=False, rope_divisors=[1.0, 1.0, 2.0, 8.0])
         assert both.rope_scaling == RopeScaling("divisors", divisors=(1.0, 1.0, 2.0, 8.0))
     else:
         with pytest.raises(sj.ConfigError, match=f"4 entries beside linear scaling by {factor}"):
-            sj.ModelConfig.from_gguf(GGUF | changes, tied=False, rope_divisors=[1.0, 1.0, 2.0, 8.0])
+            config_from_gguf(GGUF | changes, tied=False, rope_divisors=[1.0, 1.0, 2.0, 8.0])
 
 
 @pytest.mark.parametrize("bad", [0, 0.0, -1.0, float("inf"), float("nan"), "2", None, True])

@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from specjax.errors import CheckpointError
 from specjax.loading import layout
 from specjax.target.config import ModelConfig
+from specjax.target.families import config_from_gguf, family_of
 from specjax.target.params import Params
 
 _ROPE_DIVISORS = "rope_freqs.weight"
@@ -49,12 +50,13 @@ def load_gguf(path: str | os.PathLike[str], dtype: DTypeLike) -> tuple[Params, M
         return tuple(int(n) for n in reversed(tensor.shape))  # GGUF lists the fastest axis first
 
     divisors = tensors.get(_ROPE_DIVISORS)
-    config = ModelConfig.from_gguf(
+    config = config_from_gguf(
         metadata,
         tied="output.weight" not in tensors,
         rope_divisors=None if divisors is None else rows(_ROPE_DIVISORS, 0, int(divisors.shape[0])).tolist(),
     )
-    plan = layout.layout(config, layout.GGUF_NAMES, interleaved_rope=config.family == "llama")
+    family = family_of(config)
+    plan = layout.layout(config, family.gguf_names, interleaved_rope=family.interleaved_gguf)
     wanted = plan.shapes
     problems = layout.check(plan, ((t.name, shape(t)) for t in reader.tensors), lambda name: name == _ROPE_DIVISORS)
     problems += [

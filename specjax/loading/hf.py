@@ -16,6 +16,7 @@ from specjax.files import write_atomically
 from specjax.loading import layout
 from specjax.loading import safetensors as tensors
 from specjax.target.config import ModelConfig
+from specjax.target.families import config_from_hf, family_of
 from specjax.target.params import Params
 
 
@@ -35,8 +36,8 @@ def load_hf(directory: str | os.PathLike[str], dtype: DTypeLike) -> tuple[Params
     raw = _json(directory / "config.json")
     if raw is None:
         raise CheckpointError(f"{directory} has no config.json; expected a Hugging Face model directory.")
-    config = ModelConfig.from_hf(raw, _json(directory / "generation_config.json"))
-    plan = layout.layout(config, layout.HF_NAMES)
+    config = config_from_hf(raw, _json(directory / "generation_config.json"))
+    plan = layout.layout(config, family_of(config).hf_names)
     found = list(tensors.scan(tensors.files(directory)))
 
     def ignored(name: str) -> bool:
@@ -76,7 +77,7 @@ def save_hf(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     text = json.dumps(_hf_config(params, config) | dict(more or {}), indent=2)
-    plan = layout.layout(config, layout.HF_NAMES)
+    plan = layout.layout(config, family_of(config).hf_names)
     stored = {
         name: np.ascontiguousarray(plan.view(piece, np.asarray(leaf))).reshape(plan.shape(piece))
         for leaf, pieces in zip(jax.tree.leaves(params), plan.pieces, strict=True)
@@ -104,16 +105,14 @@ def _hf_config(params: Params, config: ModelConfig) -> dict[str, Any]:
             "original_max_position_embeddings": scaling.original_max_positions,
         }
     window = config.sliding_window
-    if config.family == "qwen2":
-        kind, name = "qwen2", "Qwen2ForCausalLM"
+    family, more = family_of(config), dict[str, Any]()
+    if family.window == "asked":
         more = {"use_sliding_window": window is not None, "max_window_layers": 0 if window else config.num_layers}
-    elif window is not None:
-        kind, name, more = "mistral", "MistralForCausalLM", {}
-    else:
-        kind, name, more = "llama", "LlamaForCausalLM", {"attention_bias": False, "mlp_bias": False}
+    elif family.window == "never":
+        more = {"attention_bias": False, "mlp_bias": False}
     return {
-        "architectures": [name],
-        "model_type": kind,
+        "architectures": [family.causal_lm],
+        "model_type": family.model_type,
         "dtype": params.dtype.name,
         "hidden_act": "silu",
         "vocab_size": config.vocab_size,

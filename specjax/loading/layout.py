@@ -70,42 +70,6 @@ _PIECES: Mapping[str, tuple[Piece, ...]] = {
     "lm_head": (Piece("lm_head", "V D", "VD"),),
 }
 
-HF_NAMES: Mapping[str, str] = {
-    "embed": "model.embed_tokens.weight",
-    "attn_norm": "model.layers.{}.input_layernorm.weight",
-    "q": "model.layers.{}.self_attn.q_proj.weight",
-    "k": "model.layers.{}.self_attn.k_proj.weight",
-    "v": "model.layers.{}.self_attn.v_proj.weight",
-    "q_bias": "model.layers.{}.self_attn.q_proj.bias",
-    "k_bias": "model.layers.{}.self_attn.k_proj.bias",
-    "v_bias": "model.layers.{}.self_attn.v_proj.bias",
-    "out": "model.layers.{}.self_attn.o_proj.weight",
-    "mlp_norm": "model.layers.{}.post_attention_layernorm.weight",
-    "gate": "model.layers.{}.mlp.gate_proj.weight",
-    "up": "model.layers.{}.mlp.up_proj.weight",
-    "down": "model.layers.{}.mlp.down_proj.weight",
-    "final_norm": "model.norm.weight",
-    "lm_head": "lm_head.weight",
-}
-
-GGUF_NAMES: Mapping[str, str] = {
-    "embed": "token_embd.weight",
-    "attn_norm": "blk.{}.attn_norm.weight",
-    "q": "blk.{}.attn_q.weight",
-    "k": "blk.{}.attn_k.weight",
-    "v": "blk.{}.attn_v.weight",
-    "q_bias": "blk.{}.attn_q.bias",
-    "k_bias": "blk.{}.attn_k.bias",
-    "v_bias": "blk.{}.attn_v.bias",
-    "out": "blk.{}.attn_output.weight",
-    "mlp_norm": "blk.{}.ffn_norm.weight",
-    "gate": "blk.{}.ffn_gate.weight",
-    "up": "blk.{}.ffn_up.weight",
-    "down": "blk.{}.ffn_down.weight",
-    "final_norm": "output_norm.weight",
-    "lm_head": "output.weight",
-}
-
 
 @dataclass(frozen=True)
 class Layout:
@@ -137,7 +101,7 @@ def layout(config: ModelConfig, names: Mapping[str, str], *, interleaved_rope: b
 
     Args:
       config: the model.
-      names: role -> tensor name, `{}` standing for the layer: `HF_NAMES` or `GGUF_NAMES`.
+      names: role -> tensor name, `{}` standing for the layer: of the model's family.
       interleaved_rope: whether q/k rows pair up neighbours (2i, 2i + 1) instead of halves (i, i + H/2), which is how
         GGUF stores the `llama` architecture.
     """

@@ -13,9 +13,9 @@ from safetensors.numpy import load_file
 from specjax.errors import CheckpointError, ConfigError
 from specjax.loading.gguf import load_gguf
 from specjax.loading.hf import save_hf
-from specjax.loading.layout import GGUF_NAMES, HF_NAMES
 from specjax.loading.load import PACKAGED, load_model
 from specjax.target.config import ModelConfig, RopeScaling
+from specjax.target.families import FAMILIES
 from specjax.target.model import forward, rope_frequencies, unembed
 from specjax.target.params import init
 
@@ -35,7 +35,7 @@ def _named(params, config, tmp_path):
     """The tensors under GGUF names. Llama's q and k rows are permuted as in llama.cpp's convert_hf_to_gguf.py."""
     save_hf(tmp_path / "hf", params, config)
     stored, named = load_file(tmp_path / "hf" / "model.safetensors"), {}
-    for role, name in HF_NAMES.items():
+    for role, name in FAMILIES[0].hf_names.items():
         for layer in range(config.num_layers):
             tensor = stored.get(name.format(layer))
             if tensor is not None:
@@ -43,7 +43,7 @@ def _named(params, config, tmp_path):
                     heads = config.num_heads if role == "q" else config.num_kv_heads
                     halves = tensor.reshape(heads, 2, config.head_dim // 2, config.hidden_size)
                     tensor = halves.swapaxes(1, 2).reshape(tensor.shape)
-                named[GGUF_NAMES[role].format(layer)] = tensor
+                named[FAMILIES[0].gguf_names[role].format(layer)] = tensor
     return named
 
 

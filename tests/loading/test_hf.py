@@ -179,7 +179,7 @@ def test_sources_that_do_not_exist(tmp_path):
         load_model(tmp_path / "nothing" / "here")
     with pytest.raises(CheckpointError, match="there is no model at"):
         load_model("weights/model.gguf")
-    code = "from specjax.loading import load_model; load_model('no-such-owner/no-such-model')"
+    code = "from specjax.loading.load import load_model; load_model('no-such-owner/no-such-model')"
     run = subprocess.run([sys.executable, "-c", code], env=_env(HF_HUB_OFFLINE="1"), capture_output=True, text=True)
     assert "CheckpointError: 'no-such-owner/no-such-model' is not a local directory and cannot be" in run.stderr
 
