@@ -4,6 +4,7 @@
 after the final RMSNorm) at position t, the LM head gives t + 1, the tree's root, head 0 gives t + 2, and so on.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -18,6 +19,8 @@ from specjax.checks import is_whole
 from specjax.errors import ConfigError
 from specjax.target.config import ModelConfig
 from specjax.target.params import Params
+
+_STACKED = ("kernel_", "bias_")  # parameters with a leading axis C
 
 
 @dataclass(frozen=True)
@@ -85,16 +88,27 @@ class MedusaHeads(nn.Module):
     def __call__(self, features: Float[Array, "*B D"]) -> Float[Array, "C *B R"]:
         c, d, r = self.config.num_heads, self.config.hidden_size, self.config.output_size
         zeros = nn.initializers.zeros
-        # One product per head: XLA:CPU has no batched bf16 product. A projection is a parameter of its own for each
-        # head, because a slice of a stacked one would be copied in every round.
-        heads = [features.astype(jnp.float32).reshape(-1, d)] * c
+        shapes: dict[str, tuple[int, ...]] = {}
         for i in range(self.config.num_layers):
-            kernel = self.param(f"kernel_{i}", zeros, (c, d, d))
-            bias = self.param(f"bias_{i}", zeros, (c, d)).astype(jnp.float32)
-            heads = [x + nn.silu(ops.dot("TD,DE->TE", x, w) + b) for x, w, b in zip(heads, kernel, bias, strict=True)]
+            shapes |= {f"kernel_{i}": (c, d, d), f"bias_{i}": (c, d)}
         if self.config.projection == "full":
-            heads = [ops.dot("TD,RD->TR", x, self.param(f"projection_{i}", zeros, (r, d))) for i, x in enumerate(heads)]
-        return jnp.stack(heads).reshape(c, *features.shape[:-1], -1)
+            shapes |= {f"projection_{i}": (r, d) for i in range(c)}
+        params = {name: self.param(name, zeros, shape) for name, shape in shapes.items()}
+        return apply_heads(self.config, params, features)
+
+
+def apply_heads(
+    config: MedusaConfig, params: Mapping[str, Any], features: Float[Array, "*B D"]
+) -> Float[Array, "C *B R"]:
+    """What `MedusaHeads` computes; kernels and biases may also be a tuple of one array a head (`Heads.split`)."""
+    # One product per head: XLA:CPU has no batched bf16 product.
+    heads = [features.astype(jnp.float32).reshape(-1, config.hidden_size)] * config.num_heads
+    for i in range(config.num_layers):
+        layer = zip(heads, params[f"kernel_{i}"], params[f"bias_{i}"], strict=True)
+        heads = [x + nn.silu(ops.dot("TD,DE->TE", x, w) + b.astype(jnp.float32)) for x, w, b in layer]
+    if config.projection == "full":
+        heads = [ops.dot("TD,RD->TR", x, params[f"projection_{i}"]) for i, x in enumerate(heads)]
+    return jnp.stack(heads).reshape(config.num_heads, *features.shape[:-1], -1)
 
 
 @jax.tree_util.register_dataclass
@@ -131,10 +145,17 @@ class Heads:
             raise ConfigError(
                 f"{count} of {self.config.num_heads} heads were asked for; expected at least 1 and no more."
             )
-        params = {name: x[:count] for name, x in self.params.items() if name.startswith(("kernel_", "bias_"))}
+        params = {name: x[:count] for name, x in self.params.items() if name.startswith(_STACKED)}
         if self.config.projection == "full":
             params |= {f"projection_{i}": self.params[f"projection_{i}"] for i in range(count)}
         return replace(self, params=params, config=replace(self.config, num_heads=count))
+
+    def split(self) -> "Heads":
+        """One array a head in place of stacked kernels and biases, slices of which would be copied in every round."""
+        whole = {name for name, x in self.params.items() if name.startswith(_STACKED) and not isinstance(x, tuple)}
+        return (
+            replace(self, params={n: tuple(x) if n in whole else x for n, x in self.params.items()}) if whole else self
+        )
 
 
 def init_heads(config: MedusaConfig, target: Params, token_map: np.ndarray | None = None) -> Heads:
@@ -195,8 +216,7 @@ def project(
     heads: Heads, projection: Float[Array, "R D"] | None, features: Float[Array, "*B D"]
 ) -> Float[Array, "C *B R"]:
     """Every head's logits over its (possibly reduced) vocabulary; `projection` comes from `draft_projection`."""
-    out = MedusaHeads(heads.config).apply({"params": heads.params}, features)
-    assert isinstance(out, jax.Array)
+    out = apply_heads(heads.config, heads.params, features)
     if projection is None:
         return out
     logits = ops.dot("TD,RD->TR", out.reshape(-1, out.shape[-1]), projection)

@@ -59,13 +59,14 @@ class MedusaDrafter(DrafterBase):
             )
 
     def prepare(self, target: Params) -> "MedusaDrafter":
-        """Leaves out the heads below the tree, and restricts the target's LM head to the heads' vocabulary."""
+        """Leaves out the heads below the tree, takes the others apart, and restricts the target's LM head to what they
+        say."""
         used, heads, projection = max(self.tree.max_depth, 1), self.heads, self.projection
         if used < heads.config.num_heads:
             heads = heads.first(used)
         if projection is None:
             projection = draft_projection(heads, target.unembedding)
-        return replace(self, heads=heads, projection=projection)
+        return replace(self, heads=heads.split(), projection=projection)
 
     def propose(self, target: Params, state: None, context: Context, key: jax.Array) -> Proposal:
         """Top-k tokens of every head, laid out over the tree."""

@@ -46,16 +46,27 @@ def dot(spec: str, x: Float[Array, "T *in"], w: Array) -> Float[Array, "T *out"]
 def _row_dot(x: Float[Array, "1 I"], w: Float[Array, "O I"]) -> Float[Array, "1 O"]:
     # XLA:CPU has no fast bf16 matrix-vector product, one row takes several times as long as two: add an empty row.
     # Under vmap the batch supplies the rows.
+    spec = "TI,OI->TO"
+
     @jax.custom_batching.custom_vmap
     def product(x: Array, w: Array) -> Array:
-        return plain.dot("TI,OI->TO", jnp.concatenate([x, jnp.zeros_like(x)]), w)[:1]
+        return plain.dot(spec, jnp.concatenate([x, jnp.zeros_like(x)]), w)[:1]
 
     @product.def_vmap
     def _batched(size: int, batched: list[bool], x: Array, w: Array) -> tuple[Array, bool]:
         axes = tuple(0 if b else None for b in batched)
-        return jax.vmap(lambda x, w: plain.dot("TI,OI->TO", x, w), axes)(x, w), True
+        return jax.vmap(lambda x, w: plain.dot(spec, x, w), axes)(x, w), True
 
-    return product(x, w)
+    @jax.custom_jvp  # what has a rule for vmap has none for gradients
+    def differentiable(x: Array, w: Array) -> Array:
+        return product(x, w)
+
+    @differentiable.defjvp
+    def _tangent(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+        (x, w), (dx, dw) = primals, tangents
+        return product(x, w), plain.dot(spec, dx, w) + plain.dot(spec, x, dw)
+
+    return differentiable(x, w)
 
 
 def _block(prefix: Prefix) -> int:
