@@ -12,7 +12,7 @@ TEST_EXTRAS := test$(if $(filter 1,$(IS_311)),$(EXTRA_PARITY))
 
 # Two processes: most of the time is compilation, which uses one core. Real weights apart: tests/conftest.py says why.
 PYTEST := $(BIN)/python -m pytest
-TWO := -n 2 --dist loadgroup
+TWO := -n 2
 
 .PHONY: help demo test test-full lint bench notebooks clean
 

@@ -39,19 +39,37 @@ def pytest_configure(config):
     choose_optimisation(config)
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups next
 def pytest_collection_modifyitems(config, items):
-    """Chooses the tier, and keeps every file on one worker: its tests share compiled programs and fixtures.
-
-    Cases marked `spread` share nothing: each goes to whoever is free. xdist hands them out last, which fills the gap
-    that the last files leave.
-    """
+    """Chooses the tier."""
     if config.getoption("--fast"):
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("full")])
         items[:] = [item for item in items if not item.get_closest_marker("full")]
-    for item in items:
-        if not any(map(item.get_closest_marker, ("xdist_group", "spread"))):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Hands out what `piece_of_work` names, whatever `--dist` says. (pytest 9.2 does not heed xdist's loadgroup.)"""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Pieces(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return piece_of_work(nodeid, config.getoption("--fast"))
+
+    return Pieces(config, log)
+
+
+def piece_of_work(nodeid: str, fast: bool) -> str:
+    """What one worker runs in one go: a file, whose tests share compiled programs and fixtures.
+
+    The cases of test_laws.py share nothing, and SmolLM2's greedy answers take longer than all else: they are cut. The
+    smallest pieces are handed out last, and fill the gap that the files leave.
+    """
+    file = nodeid.split("::")[0]
+    if file.endswith("drafters/test_laws.py"):
+        return nodeid
+    if file.endswith("real/test_greedy.py") and "draft" in nodeid.removeprefix(file) and not fast:
+        return f"{file}, with a draft model"
+    return file
 
 
 @pytest.fixture(scope="session")

@@ -315,9 +315,7 @@ def test_one_trace_whatever_the_prompt_and_the_budget(model):
         np.testing.assert_array_equal(out.tokens, sj.generate(model, prompt, max_new_tokens=budget).tokens)
 
 
-@pytest.mark.parametrize(
-    "name", tiered(lambda name: name in ("medusa", "hybrid"), ["medusa", "draft", "ngram", "hybrid"])
-)
+@pytest.mark.parametrize("name", tiered(lambda name: name == "hybrid", ["medusa", "draft", "ngram", "hybrid"]))
 def test_public_entry_points_compile_once(name):
     model, draft, chain = tiny_model(num_layers=1, eos_token_ids=(8,)), tiny_model(9, num_layers=1), sj.Tree.chain(2)
     sample = sj.Sample() if name == "draft" else sj.Greedy()
@@ -346,6 +344,7 @@ def test_public_entry_points_compile_once(name):
     assert run(1, 1, (7,)) == run(70, 2, ()) == first
 
 
+@pytest.mark.full
 def test_sampling_at_a_tiny_temperature_is_greedy(model):
     tree = sj.Tree.cartesian((2, 1))
     base = sj.generate(model, PROMPT, max_new_tokens=30)

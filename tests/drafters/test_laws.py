@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
-from conftest import noisy_heads, tiny_model
+from conftest import noisy_heads, tiered, tiny_model
 from fast_keys import fast_key
 
 import specjax as sj
@@ -174,11 +174,12 @@ def assert_same_law(law, counts):
         assert total_variation(law, counts) <= 0.02
 
 
-@pytest.mark.spread
-@pytest.mark.parametrize("vocab", [pytest.param(3, marks=pytest.mark.full), 6])
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", DRAFTERS)
+def essential(name, shape, setting, vocab):
+    """In the fast tier, every drafter on a chain at T = 1, and on a branching tree with top-p."""
+    return vocab == 6 and (shape == "chain") == (setting == "T=1")
+
+
+@pytest.mark.parametrize(("name", "shape", "setting", "vocab"), tiered(essential, DRAFTERS, SHAPES, SETTINGS, [3, 6]))
 def test_sampling_keeps_the_joint_law(name, shape, setting, vocab, runs):
     acceptance = SETTINGS[setting]
     drafter = drafter_for(name, vocab, SHAPES[shape], acceptance)
@@ -188,15 +189,14 @@ def test_sampling_keeps_the_joint_law(name, shape, setting, vocab, runs):
     assert accepted > 0.05  # drafts do get accepted
 
 
-@pytest.mark.spread
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("name", VOCABULARIES)
+@pytest.mark.parametrize(("name", "setting"), tiered(lambda name, setting: setting != "T=1", VOCABULARIES, SETTINGS))
 def test_drafts_of_another_vocabulary_keep_the_joint_law(name, setting, runs):
     test_sampling_keeps_the_joint_law(name, "branching", setting, 6, runs)
 
 
-@pytest.mark.spread
-@pytest.mark.parametrize("acceptance", [sj.Sample(top_k=4), sj.Sample(0.8, top_k=4, top_p=0.8)], ids=str)
+@pytest.mark.parametrize(
+    "acceptance", tiered(lambda rule: rule.top_p < 1, [sj.Sample(top_k=4), sj.Sample(0.8, top_k=4, top_p=0.8)])
+)
 def test_top_k_keeps_the_joint_law(acceptance, runs):
     """Alone and with top-p, target and draft warped alike."""
     drafter = drafter_for("draft model", 6, SHAPES["chain"], acceptance)
@@ -239,7 +239,6 @@ MUTANTS = {
 }
 
 
-@pytest.mark.spread
 @pytest.mark.parametrize("name", ["medusa", "draft model"])
 def test_keeping_the_rejected_draft_fails(name, runs):
     counts, _ = empirical_law(3, KeepsRejected(), drafter_for(name, 3, SHAPES["chain"], sj.Sample()), runs)
@@ -248,7 +247,6 @@ def test_keeping_the_rejected_draft_fails(name, runs):
     assert total_variation(exact_law(3, sj.Sample()), counts) > 0.05
 
 
-@pytest.mark.spread
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_a_broken_sibling_walk_fails(mutant, runs, monkeypatch):
     monkeypatch.setattr(rules, "_walk_siblings", rewritten(*MUTANTS[mutant]))

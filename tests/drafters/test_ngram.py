@@ -153,8 +153,12 @@ def widths(monkeypatch):
 
 @pytest.mark.parametrize(
     ("acceptance", "window"),
-    [(sj.Greedy(), None), (sj.Greedy(), 6), (sj.Sample(0.3), None), (sj.Typical(), None)],
-    ids=["greedy", "sliding window", "sample", "typical"],
+    [
+        pytest.param(sj.Greedy(), None, id="greedy"),
+        pytest.param(sj.Greedy(), 6, id="sliding window", marks=pytest.mark.full),
+        pytest.param(sj.Sample(0.3), None, id="sample"),
+        pytest.param(sj.Typical(), None, id="typical", marks=pytest.mark.full),
+    ],
 )
 def test_a_round_reads_the_nodes_with_drafts_alone(widths, acceptance, window):
     """The widths of the target forwards beside what was drafted in each round, and the cache after each."""

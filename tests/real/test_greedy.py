@@ -15,21 +15,16 @@ from specjax.drafters.registry import build_drafter
 from specjax.heads import init_heads
 from specjax.ranks.measuring import Text, measure
 
-
-def case(name, tree, *marks):
-    """A drafter and its tree. Those with a draft model may run on another worker than the rest, of the full tier."""
-    groups = [pytest.mark.xdist_group("greedy_draft")] if "draft" in name and pytest.mark.full in marks else []
-    return pytest.param(name, tree, marks=[*marks, *groups], id=f"{name}-{tree}")
-
-
+# drafter, tree
 GREEDY = [
-    case("medusa", "paths:0,1,2,0.0,0.1,1.0,0.0.0"),
-    case("draft", "chain:2"),
-    case("draft", "cartesian:2,1", pytest.mark.full),
-    case("ngram", "chain:4"),
-    case("ngram+medusa", "chain:3+paths:0,1,2,0.0", pytest.mark.full),
-    case("medusa+draft", "cartesian:2,1+chain:2", pytest.mark.full),
-    case("ngram+draft", "chain:4+chain:1", pytest.mark.full),  # the draft model reads more than it drafts
+    ("medusa", "paths:0,1,2,0.0,0.1,1.0,0.0.0"),
+    ("draft", "chain:2"),
+    ("ngram", "chain:4"),
+    pytest.param("draft", "cartesian:2,1", marks=pytest.mark.full),
+    pytest.param("ngram+medusa", "chain:3+paths:0,1,2,0.0", marks=pytest.mark.full),
+    pytest.param("medusa+draft", "cartesian:2,1+chain:2", marks=pytest.mark.full),
+    # The draft model reads more than it drafts.
+    pytest.param("ngram+draft", "chain:4+chain:1", marks=pytest.mark.full),
 ]
 # A guard against worse drafting. The aim for Medusa is 1.7 tokens per round.
 LEAST = {"medusa": 1.4, "draft": 1.3}
@@ -83,7 +78,7 @@ def autoregressive(answers):
     return answers(None)
 
 
-@pytest.mark.parametrize(("name", "tree"), GREEDY)
+@pytest.mark.parametrize(("name", "tree"), GREEDY, ids=lambda text: text)
 def test_greedy_output_is_autoregressive(smollm2, answers, autoregressive, name, tree):
     heads, draft = "smollm2-135m-instruct", "smollm2-draft"
     drafter = build_drafter(name, smollm2, tree=tree, heads=heads, draft_model=draft)

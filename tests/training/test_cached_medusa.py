@@ -82,6 +82,7 @@ def new_heads(model, **changes):
     return init_heads(sj.MedusaConfig(**shape), model.params)
 
 
+@pytest.mark.full
 def test_training_makes_drafts_that_are_accepted(cyclic, tmp_path):
     model, _, held = cyclic
     heads = new_heads(model)

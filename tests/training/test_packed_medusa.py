@@ -81,7 +81,7 @@ def test_labels_stay_within_an_answer():
     assert reduced_rows(heads, jnp.array(lm)).tolist() == [x, 0, x, 1, x, x, x, x, x, x]
 
 
-@pytest.mark.parametrize("reduced", [None, 40])
+@pytest.mark.parametrize("reduced", [pytest.param(None, marks=pytest.mark.full), 40])
 def test_on_the_fly_equals_cached_features(model, batch, reduced):
     """The loss of the cached trainer on the same positions, from features of each conversation on its own."""
     config = sj.MedusaConfig(3, 16, 61, projection="shared", reduced_vocab_size=reduced)

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from conftest import noisy_heads, tiny_config, tiny_model
 
-import specjax as sj
 from specjax.corpus.conversation import Conversation
 from specjax.corpus.features import with_features
 from specjax.loading import checkpoint
