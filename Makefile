@@ -14,7 +14,7 @@ TEST_EXTRAS := test$(if $(filter 1,$(IS_311)),$(EXTRA_PARITY))
 PYTEST := $(BIN)/python -m pytest
 TWO := -n 2
 
-.PHONY: help demo test test-full lint bench notebooks clean
+.PHONY: help demo test test-full lint bench records notebooks clean
 
 help:
 	@echo "make demo    decode with and without Medusa heads on SmolLM2-135M, and compare"
@@ -22,6 +22,7 @@ help:
 	@echo "make test-full  lint, type check and all tests: kills, hosts, meshes, parity, 40 prompts of 128 tokens"
 	@echo "make lint    ruff and mypy alone"
 	@echo "make bench   time a round against the size of the tree on this machine"
+	@echo "make records  make the tables of experiments/records and docs/results.md anew"
 	@echo "make notebooks  execute the notebooks and store their figures"
 	@echo "make clean   remove .venv and caches"
 
@@ -63,6 +64,9 @@ test-full: lint
 
 bench: $(VENV)/run
 	$(BIN)/specjax run experiments/round_time_smollm2.py
+
+records: $(VENV)/run
+	$(BIN)/python -m specjax.report.records
 
 notebooks: $(VENV)/test
 	$(BIN)/python notebooks/render.py

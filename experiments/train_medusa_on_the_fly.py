@@ -3,8 +3,8 @@
     specjax run experiments/train_medusa_on_the_fly.py --model MODEL --data.chats chats.jsonl --output-dir results/mine
 
 The backbone stays as it is (Medusa-1). Every step runs the frozen target over packed conversations, so that it costs
-more than with cached features, and nothing but the text is kept. `--start-from HEADS` goes on from others. It runs on a
-mesh and on several hosts (`--mesh.data`, `--mesh.model`, `--hosts.*`), as `train_smollm2_medusa2.py` says.
+more than with cached features, and nothing but the text is kept. `--start-from HEADS` goes on from others. It runs on
+a mesh and on several hosts (`--mesh.data`, `--mesh.model`, `--hosts.*`), as `train_smollm2_medusa2.py` says.
 
 Record: none; the tests run it on tiny models.
 """

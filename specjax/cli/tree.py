@@ -3,6 +3,7 @@
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 TREE_HELP = "a preset, chain:4, cartesian:3,2,1, paths:0,1,0.0, a .json file, or the name of a saved tree"
 
@@ -258,12 +259,17 @@ def _round_times(path: Path | None, table):  # type: ignore[no-untyped-def]  # R
                 "Time these, `specjax bench`."
             )
     places = result.get("environment") or {}, environment()
-    then, now = (tuple(place.get(key) for key in ("device", "cpu_count")) for place in places)
-    if then not in (now, (None, None)):
-        print(
-            f"{path} was timed on {then[0]} with {then[1]} cores, here are {now[0]} with {now[1]}: speeds are theirs."
-        )
+    then, now = (_place(place) for place in places)
+    if then not in (now, "None with None cores"):
+        print(f"{path} was timed on {then}, here are {now}: speeds are theirs.")
     return times
+
+
+def _place(environment: dict[str, Any]) -> str:
+    """The machine that an environment is of, as far as it says."""
+    cpu = environment.get("cpu")
+    named = cpu.get("microarchitecture") or cpu.get("model") if isinstance(cpu, dict) else None
+    return f"{environment.get('device')} with {environment.get('cpu_count')} cores" + (f" ({named})" if named else "")
 
 
 def _bench(options: argparse.Namespace, rest: list[str]) -> int:
