@@ -14,7 +14,7 @@ TEST_EXTRAS := test$(if $(filter 1,$(IS_311)),$(EXTRA_PARITY))
 PYTEST := $(BIN)/python -m pytest
 TWO := -n 2
 
-.PHONY: help demo test test-full lint bench records notebooks clean
+.PHONY: help demo test test-full lint bench records figures docs notebooks clean
 
 help:
 	@echo "make demo    decode with and without Medusa heads on SmolLM2-135M, and compare"
@@ -23,6 +23,8 @@ help:
 	@echo "make lint    ruff and mypy alone"
 	@echo "make bench   time a round against the size of the tree on this machine"
 	@echo "make records  make the tables of experiments/records and docs/results.md anew"
+	@echo "make figures  draw the README's figure anew"
+	@echo "make docs    build the documentation into site/"
 	@echo "make notebooks  execute the notebooks and store their figures"
 	@echo "make clean   remove .venv and caches"
 
@@ -67,6 +69,13 @@ bench: $(VENV)/run
 
 records: $(VENV)/run
 	$(BIN)/python -m specjax.report.records
+
+figures: $(VENV)/run
+	$(BIN)/python -m specjax.report.headline
+
+docs: $(VENV)/run
+	$(PIP) install -c constraints.txt -e ".[docs]"
+	$(BIN)/mkdocs build --strict
 
 notebooks: $(VENV)/test
 	$(BIN)/python notebooks/render.py

@@ -6,6 +6,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 Log = Sequence[dict[str, Any]]
 
@@ -15,6 +16,7 @@ def _axes(title: str, ylabel: str) -> tuple[Figure, Axes]:
     axes = figure.add_subplot()
     axes.set_title(title, loc="left", fontsize=11)
     axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel(ylabel)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)
@@ -29,7 +31,8 @@ def _split(log: Log) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 def loss_per_head(log: Log) -> Figure:
     """Training loss of every step, thin, and held-out loss at every evaluation, with marks; one colour per head."""
     steps, evaluations = _split(log)
-    figure, axes = _axes("Loss per head: training (thin), held out (marks)", "nats per token")
+    told = "Loss per head: training (thin), held out (marks)" if steps else "Held-out loss per head"
+    figure, axes = _axes(told, "nats per token")
     for i in range(len(evaluations[0]["eval"]["losses"])):
         colour = f"C{i}"
         axes.plot([r["step"] for r in steps], [r["losses"][i] for r in steps], color=colour, lw=0.7, alpha=0.6)
@@ -37,7 +40,7 @@ def loss_per_head(log: Log) -> Figure:
         axes.plot(
             at, [r["eval"]["losses"][i] for r in evaluations], color=colour, marker="o", ms=4, label=f"head {i + 1}"
         )
-    axes.legend(frameon=False)
+    figure.legend(loc="outside right upper", frameon=False)
     return figure
 
 
@@ -51,7 +54,7 @@ def accuracy_per_head(log: Log) -> Figure:
         axes.plot(at, top1, color=f"C{i}", marker="o", ms=4, label=f"head {i + 1}")
         axes.plot(at, top3, color=f"C{i}", ls="--", lw=1)
     axes.set_ylim(0, 1)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside right upper", frameon=False)
     return figure
 
 
@@ -91,7 +94,7 @@ def draft_losses(log: Log) -> Figure:
         axes.plot([r["step"] for r in steps], [r[name] for r in steps], color=colour, lw=0.7, alpha=0.6, label=name)
     at = [r["step"] for r in evaluations]
     axes.plot(at, [r["eval"]["text"] for r in evaluations], color="C1", marker="o", ms=4)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside right upper", frameon=False)
     return figure
 
 
@@ -103,7 +106,7 @@ def draft_acceptance(log: Log) -> Figure:
     for name, label in (("acceptance", "sampled, temperature 1"), ("agreement", "greedy")):
         axes.plot(at, [r["eval"][name] for r in evaluations], marker="o", ms=4, label=label)
     axes.set_ylim(0, 1)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside right upper", frameon=False)
     return figure
 
 

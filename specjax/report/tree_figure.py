@@ -1,17 +1,19 @@
 """Drawing a draft tree with matplotlib."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 
 from specjax.errors import TreeError
 from specjax.report.style import EDGE, INK, ROOT
 from specjax.tree import Tree
 
+_SCALE = LinearSegmentedColormap.from_list("rates", ["#8fb4d9", "#2f6db3", "#54278f", "#1d0c33"])
 _NUMBERED_EDGES = 24  # beyond this many edges only their colour speaks
 
 
@@ -60,9 +62,18 @@ def draw_tree(
         size = (2.2 + 1.7 * tree.max_depth, 1.2 + 0.27 * len(tree.leaves))
         ax = Figure(figsize=size, layout="constrained").add_subplot()
     positions = layout(tree)
-    colours = ScalarMappable(Normalize(0, 1), "viridis_r")
+    # Fitted to the data, and without the palest colours of the map: low rates would be yellow on white.
+    highest = np.nanmax(values[1:], initial=0.0)
+    colours = ScalarMappable(Normalize(0, highest or 1.0), _SCALE)
     for node in range(1, tree.size):
-        _draw_edge(ax, positions[tree.parents[node]], positions[node], values[node], colours, tree.size)
+        _draw_edge(
+            ax,
+            positions[tree.parents[node]],
+            positions[node],
+            values[node],
+            _SCALE(values[node] / (highest or 1.0)),
+            tree.size,
+        )
 
     x, y = positions.T
     fill, rim = [ROOT, *["white"] * (tree.size - 1)], [ROOT, *[INK] * (tree.size - 1)]
@@ -91,21 +102,26 @@ def draw_tree(
     ax.tick_params(axis="x", length=0, labelsize=8, labelcolor=INK)
     ax.spines[:].set_visible(False)
     if edge_values is not None:
-        bar = ax.figure.colorbar(colours, ax=ax, shrink=0.6, aspect=30, pad=0.02, ticks=[0, 0.5, 1])
+        bar = ax.figure.colorbar(colours, ax=ax, shrink=0.6, aspect=30, pad=0.02)
         bar.set_label("acceptance rate", size=8, color=INK)
         bar.ax.tick_params(labelsize=8, labelcolor=INK)
     return ax
 
 
-def _draw_edge(
-    ax: Axes, parent: np.ndarray, child: np.ndarray, value: float, colours: ScalarMappable, size: int
-) -> None:
+def _draw_edge(ax: Axes, parent: np.ndarray, child: np.ndarray, value: float, scaled: Any, size: int) -> None:
     # An S-curve leaves and arrives horizontally, so that many siblings fan out without crossing each other's nodes.
     t = np.linspace(0, 1, 24)
     x = parent[0] + (child[0] - parent[0]) * t
     y = parent[1] + (child[1] - parent[1]) * t * t * (3 - 2 * t)
     known = not np.isnan(value)
-    ax.plot(x, y, color=colours.cmap(value) if known else EDGE, lw=0.8 + 2 * value if known else 1.0, zorder=1)
+    colour = scaled if known else EDGE
+    ax.plot(
+        x,
+        y,
+        color=colour,
+        lw=0.8 + 2 * value if known else 1.0,
+        zorder=1,
+    )
     if known and size <= _NUMBERED_EDGES + 1:
         ax.text(
             x[15],
