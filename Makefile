@@ -75,7 +75,7 @@ figures: $(VENV)/run
 
 docs: $(VENV)/run
 	$(PIP) install -c constraints.txt -e ".[docs]"
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 notebooks: $(VENV)/test
 	$(BIN)/python notebooks/render.py

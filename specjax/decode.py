@@ -221,7 +221,7 @@ def check_request(model: Model, prompts: Sequence[Sequence[int] | np.ndarray], o
     """A request's arguments, checked on the host, with what stands for those that are not given; but for the key.
 
     Raises:
-      As `generate`.
+      SpecJaxError: as `generate`.
     """
     if unknown := options.keys() - RequestOptions.__annotations__:
         raise ConfigError(

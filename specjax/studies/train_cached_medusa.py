@@ -69,7 +69,7 @@ class CachedHeadTraining(HeadTraining):
         with a `start_share`, `record` is of the average.
 
         Raises:
-          As `train`.
+          SpecJaxError: as `train`.
         """
         begun = start.begin(model, text.tokens)
         data, judged = dataset(text, begun), dataset(held_out, begun)
@@ -122,7 +122,7 @@ class TrainCachedMedusa(CachedHeadTraining):
         """Makes the text where it is missing, then `fit`.
 
         Raises:
-          As `start`, before there is any text; as `load_corpus` and `fit`.
+          SpecJaxError: as `start`, before there is any text; as `load_corpus` and `fit`.
         """
         model = load_model(self.model, dtype=jnp.bfloat16)
         start = self.start(model, console)

@@ -50,7 +50,7 @@ class TrainDraft:
 
         Raises:
           ConfigError: a shape that does not fit the target, before there is any text.
-          As `load_corpus` and `train`.
+          SpecJaxError: as `load_corpus` and `train`.
         """
         model = load_model(self.model, dtype=jnp.bfloat16)
         config = self._shape(model.config)  # raises now, not when the text has been made
@@ -119,7 +119,7 @@ class EvaluateDraft:
         Raises:
           ConfigError: a draft without a token map, or a batch_size or length below 1.
           DataError: no answer begins within `length` tokens.
-          As `load_corpus`.
+          SpecJaxError: as `load_corpus`.
         """
         training = DraftConfig(batch_size=self.batch_size, length=self.length)  # raises now, not after the text
         model = load_model(self.model, dtype=jnp.bfloat16)

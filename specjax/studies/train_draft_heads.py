@@ -40,7 +40,7 @@ class TrainDraftHeads(CachedHeadTraining):
         """Makes the text, then `fit`.
 
         Raises:
-          As `start`, before there is any text; as `answer`, `split` and `fit`.
+          SpecJaxError: as `start`, before there is any text; as `answer`, `split` and `fit`.
         """
         tokenizer = chat_tokenizer(load_model(self.tokenizer, dtype="bfloat16")).dated(TODAY)
         model, token_map = load_draft(self.draft)

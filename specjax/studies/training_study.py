@@ -35,7 +35,7 @@ def follow(objective: Objective, output_dir: Path, console: Console, on: Mesh | 
     """Trains with a live line, evaluations on the console and TensorBoard events; of several processes the first shows.
 
     Raises:
-      As `train`.
+      SpecJaxError: as `train`.
     """
     steps, tokens = objective.steps, objective.amounts["tokens"]  # in all processes: none waits long for the first one
 
