@@ -194,7 +194,6 @@ def test_other_architectures_are_refused(tmp_path):
         load_model(tmp_path / "m.gguf")
 
 
-@pytest.mark.full
 def test_the_packaged_model():
     model = load_model("smollm2-135m-instruct")
     assert model.config.name == "smollm2-135m-instruct"  # the file calls itself "Smollm2 135M 8k Lc100K Mix1 Ep2"
