@@ -1,4 +1,4 @@
-"""Figures that can be read: nothing is printed over anything else, and no figure grows wide with the number of methods."""
+"""Figures that can be read: nothing is printed over anything, and none grows wide with the number of methods."""
 
 import itertools
 import json

@@ -415,11 +415,18 @@ def test_the_readmes_commands_for_training(target, tmp_path, monkeypatch):
     ]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "experiments").symlink_to(ROOT / "experiments")
+    asked = [{"question_id": i, "category": "c", "turns": [f"say {i}"]} for i in range(40)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, asked)))
     turns = ("user", "assistant", "user", "assistant")
     chats = [{"messages": [{"role": r, "content": f"{r} {i} {i % 7}"} for r in turns]} for i in range(40)]
     (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)))
     small = ["--reduced-vocab-size", "64", "--training.batch-size", "64", "--training.epochs", "1"]
     small += ["--data.evaluation-share", "0.3"]
+    answers = (
+        "--data.shards 1 --data.shard-size 40 --data.batch-size 40 --data.max-answer-tokens 16 --data.temperature 1"
+    )
+    answers = answers.split()  # greedily this model answers all alike
+    small += answers
     done = []
     for word, command, *rest in commands:
         assert word == "specjax"
@@ -435,3 +442,9 @@ def test_the_readmes_commands_for_training(target, tmp_path, monkeypatch):
     assert main(["run", *done[0][1], *small]) == 0
     again = json.loads(result.read_text())
     assert (again["record"], again["step"]) == (first["record"], first["step"])
+    # Chats as they are, as the sentence below has it.
+    words = [w for w in done[0][1] if w not in ("--data.prompts", "prompts.jsonl", "--data.directory", "text")]
+    chatting = [*words[:-1], "results/chats", "--data.chats", "chats.jsonl", *small[: -len(answers)]]
+    assert main(["run", *chatting]) == 0
+    told = json.loads((tmp_path / "results" / "chats" / "result.json").read_text())
+    assert told["data"]["training"]["conversations"] > 0
