@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from specjax import ops
 from specjax.checks import is_whole
-from specjax.errors import ConfigError
+from specjax.errors import ConfigError, SpecJaxError
 from specjax.target.config import ModelConfig
 from specjax.target.params import Params
 
@@ -68,6 +68,16 @@ class MedusaConfig:
     def vicuna_7b(cls) -> "MedusaConfig":
         """FasterDecoding/medusa-vicuna-7b-v1.3 as the paper describes it: four heads of one layer."""
         return cls(num_heads=4, hidden_size=4096, vocab_size=32_000)
+
+    def check_target(
+        self, width: int, vocab: int, *, what: str = "the heads", error: type[SpecJaxError] = ConfigError
+    ) -> None:
+        """Raises `error` where a target has another width or vocabulary than these heads (`what`, in its message)."""
+        if (self.hidden_size, self.vocab_size) != (width, vocab):
+            raise error(
+                f"{what} are for hidden size {self.hidden_size} and vocabulary {self.vocab_size}, the target has {width} "
+                f"and {vocab}; take heads that were trained on this model."
+            )
 
     @property
     def output_size(self) -> int:
@@ -128,12 +138,7 @@ class Heads:
 
     def check(self, target: ModelConfig) -> None:
         """Raises a `ConfigError` for a target of another width or vocabulary."""
-        mine = self.config
-        if (mine.hidden_size, mine.vocab_size) != (target.hidden_size, target.vocab_size):
-            raise ConfigError(
-                f"the heads are for hidden size {mine.hidden_size} and vocabulary {mine.vocab_size}, the target has "
-                f"{target.hidden_size} and {target.vocab_size}; load heads that were trained on this model."
-            )
+        self.config.check_target(target.hidden_size, target.vocab_size)
 
     def first(self, count: int) -> "Heads":
         """The first `count` heads alone, without the weights of the others.
@@ -165,11 +170,7 @@ def init_heads(config: MedusaConfig, target: Params, token_map: np.ndarray | Non
       ConfigError: a target of another shape, or a token map that does not fit `reduced_vocab_size`.
     """
     vocab, width = target.unembedding.shape
-    if (config.vocab_size, config.hidden_size) != (vocab, width):
-        raise ConfigError(
-            f"the heads' config has vocabulary {config.vocab_size} and hidden size {config.hidden_size}, the target "
-            f"{vocab} and {width}."
-        )
+    config.check_target(width, vocab)
     ids = None if token_map is None else jnp.asarray(token_map, jnp.int32)
     params = MedusaHeads(config).init(jax.random.key(0), jnp.zeros((1, width)))["params"]
     if config.projection == "full":

@@ -240,7 +240,7 @@ def test_refused_token_maps(token_map, message):
 
 def test_refused_targets():
     target = init(jax.random.key(5), TARGET)
-    with pytest.raises(ConfigError, match="vocabulary 31 and hidden size 16, the target 30 and 16"):
+    with pytest.raises(ConfigError, match="hidden size 16 and vocabulary 31, the target has 16 and 30"):
         init_heads(MedusaConfig(1, 16, 31), target)
     with pytest.raises(ConfigError, match="a token map; give both"):
         init_heads(MedusaConfig(1, 16, 30), target, MAP)

@@ -79,11 +79,7 @@ def export_heads(
         metadata = {key: value for key, value in (metadata or {}).items() if key not in ("hits", "accuracy")}
     plan, config, directory = TARGETS[target], heads.config, Path(directory)
     vocab, width = model.params.unembedding.shape
-    if (config.vocab_size, config.hidden_size) != (vocab, width):
-        raise CheckpointError(
-            f"the heads are for vocabulary {config.vocab_size} and hidden size {config.hidden_size}, the model has "
-            f"{vocab} and {width}; name the model that they were trained on."
-        )
+    config.check_target(width, vocab, error=CheckpointError)
     shared = config.projection == "shared"
     if config.reduced_vocab_size is not None and not plan.reduced:
         raise ConfigError(

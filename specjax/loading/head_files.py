@@ -72,12 +72,8 @@ def load_heads(source: str | os.PathLike[str], config: ModelConfig, *, dtype: DT
             heads = _read_native(tensors, native, dtype)
     except CheckpointError as error:
         raise CheckpointError(f"the heads at {str(source)!r} cannot be loaded: {error}") from error
-    if (heads.config.hidden_size, heads.config.vocab_size) != (config.hidden_size, config.vocab_size):
-        raise CheckpointError(
-            f"the heads at {str(source)!r} are for hidden size {heads.config.hidden_size} and vocabulary "
-            f"{heads.config.vocab_size}, the target has {config.hidden_size} and {config.vocab_size}; load heads that "
-            "were trained on this model."
-        )
+    what = f"the heads at {str(source)!r}"
+    heads.config.check_target(config.hidden_size, config.vocab_size, what=what, error=CheckpointError)
     return heads
 
 

@@ -46,8 +46,8 @@ class TrainPackedMedusa(HeadTraining):
         PNG, and checkpoints. A run that was stopped goes on where the same `output_dir` is given.
 
         Raises:
-          SpecJaxError: as `start`, before there is any text, and ConfigError for rows or a dimension that the mesh does not divide;
-            as `load_corpus` and `train`.
+          ConfigError: rows or a dimension that the mesh does not divide, before there is any text.
+          SpecJaxError: as `start`, before there is any text; as `load_corpus` and `train`.
         """
         self.hosts.join()
         mesh, first = self.mesh.build(), jax.process_index() == 0
