@@ -75,8 +75,8 @@ class MedusaConfig:
         """Raises `error` where a target has another width or vocabulary than these heads (`what`, in its message)."""
         if (self.hidden_size, self.vocab_size) != (width, vocab):
             raise error(
-                f"{what} are for hidden size {self.hidden_size} and vocabulary {self.vocab_size}, the target has {width} "
-                f"and {vocab}; take heads that were trained on this model."
+                f"{what} are for hidden size {self.hidden_size} and vocabulary {self.vocab_size}, the target has "
+                f"{width} and {vocab}; take heads that were trained on this model."
             )
 
     @property
