@@ -248,7 +248,7 @@ print((kilobytes("VmHWM") - before) * 1024 / sum(a.nbytes for a in jax.tree.leav
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
-@pytest.mark.parametrize("asked", ["float32", "bfloat16"])
+@pytest.mark.parametrize("asked", ["float32", pytest.param("bfloat16", marks=pytest.mark.full)])
 def test_loading_a_sharded_checkpoint_streams(asked, tmp_path):
     config = ModelConfig("llama", 16_000, 768, 2048, 8, 12, 4, 64, max_positions=64)
     rng = np.random.default_rng(0)
