@@ -229,7 +229,7 @@ def test_bad_settings(tiny, tmp_path):
         Corpus(chats="c.jsonl", prompts="seeds")
     with pytest.raises(sj.ConfigError, match="evaluation_share < 1"):
         Corpus(evaluation_share=0.0)
-    with pytest.raises(sj.ConfigError, match=r"top_k is 5, top_p 1.0 at temperature 0"):
+    with pytest.raises(sj.ConfigError, match=r"top_k 5 and top_p 1.0 shape sampling, but greedy decoding has none"):
         Corpus(top_k=5)
     with pytest.raises(sj.ConfigError, match="top_p is 2"):
         Corpus(temperature=1.0, top_p=2)
