@@ -279,15 +279,8 @@ class Tree:
 
     def to_json(self) -> str:
         """The tree as JSON: format, version, name, rank paths, provenance."""
-        return json.dumps(
-            {
-                "format": _FORMAT,
-                "version": _VERSION,
-                "name": self.name,
-                "paths": self.rank_paths,
-                "provenance": dict(self.provenance),
-            }
-        )
+        content = {"name": self.name, "paths": self.rank_paths, "provenance": dict(self.provenance)}
+        return json.dumps({"format": _FORMAT, "version": _VERSION, **content})
 
     @classmethod
     def from_json(cls, text: str) -> "Tree":
