@@ -114,8 +114,9 @@ def apply_heads(
     # One product per head: XLA:CPU has no batched bf16 product.
     heads = [features.astype(jnp.float32).reshape(-1, config.hidden_size)] * config.num_heads
     for i in range(config.num_layers):
-        layer = zip(heads, params[f"kernel_{i}"], params[f"bias_{i}"], strict=True)
-        heads = [x + nn.silu(ops.dot("TD,DE->TE", x, w) + b.astype(jnp.float32)) for x, w, b in layer]
+        biases = jax.tree.map(lambda bias: bias.astype(jnp.float32), params[f"bias_{i}"])
+        layer = zip(heads, params[f"kernel_{i}"], biases, strict=True)
+        heads = [x + nn.silu(ops.dot("TD,DE->TE", x, w) + b) for x, w, b in layer]
     if config.projection == "full":
         heads = [ops.dot("TD,RD->TR", x, params[f"projection_{i}"]) for i, x in enumerate(heads)]
     return jnp.stack(heads).reshape(config.num_heads, *features.shape[:-1], -1)
