@@ -194,7 +194,8 @@ def pages(root: Path) -> dict[Path, str]:
         results += [f"## {directory.name}", "", body, ""]
     top = markdown(("experiment", "records", "machines", "newest"), index)
     made[root / "experiments" / "records" / "README.md"] = (
-        f"# Records\n\nA file is called by machine and date; several of a day are numbered. {_GENERATED}\n\n{top}\n"
+        "# Records\n\nA file is called by machine and date; further words or a number say what differs. "
+        f"{_GENERATED}\n\n{top}\n"
     )
     made[root / "docs" / "results.md"] = "\n".join(results).rstrip() + "\n"
     return made
