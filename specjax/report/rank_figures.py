@@ -158,7 +158,7 @@ def predicted_against_measured(points: Mapping[str, Sequence[tuple[float, float]
     axes.plot([low, high], [low, high], color=GREY, lw=1)
     for number, (name, pairs) in enumerate(points.items()):
         axes.plot([a for a, _ in pairs], [b for _, b in pairs], ls="", label=name, **series(number))
-    legend_outside(figure, "lower center", 2)
+    legend_outside(figure, below=True)
     return figure
 
 

@@ -44,9 +44,10 @@ def series(number: int) -> dict[str, Any]:
     return {"color": _SERIES[number % len(_SERIES)], "marker": _MARKS[number % len(_MARKS)], "ms": 4.5}
 
 
-def legend_outside(figure: Figure, where: str = "right upper", ncols: int = 1) -> None:
-    """The legend beside or below the axes, where it covers nothing."""
-    figure.legend(loc=f"outside {where}", frameon=False, ncols=ncols, fontsize=9)
+def legend_outside(figure: Figure, below: bool = False) -> None:
+    """The legend beside the axes, or below them in two columns, where it covers nothing."""
+    place: Any = "outside lower center" if below else "outside right upper"
+    figure.legend(loc=place, frameon=False, ncols=1 + below, fontsize=9)
 
 
 def wrapped(name: str, width: int = 24) -> str:

@@ -115,6 +115,7 @@ class DraftDistillation(PackedObjective):
     def check(self, on: Mesh) -> None:
         mesh.check_rows(self.settings.batch_size, on)
         preflight.check_conversations(self.target.unembedding.shape[0], self.data, self.held_out)
+        preflight.check_features(self.data, self.held_out)
         for text, what in ((self.data, "training"), (self.held_out, "evaluation")):
             preflight.check_cut(text, self.settings.length, what, ahead=1)
 

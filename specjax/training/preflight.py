@@ -32,6 +32,13 @@ def check_conversations(size: int, *texts: Sequence[Conversation]) -> None:
         check_vocabulary(f"conversation {i}", np.concatenate([item.prompt, item.answer]), size)
 
 
+def check_features(*texts: Sequence[Conversation]) -> None:
+    """Raises DataError for a conversation whose features were not kept."""
+    for i, item in enumerate(item for text in texts for item in text):
+        if item.features is None:
+            raise DataError(f"conversation {i} has no features, which a draft learns from; make the text with them.")
+
+
 def check_sayable(sayable: bool) -> None:
     """Raises DataError where heads of a reduced vocabulary can say no token that they are to learn."""
     if not sayable:

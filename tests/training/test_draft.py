@@ -223,6 +223,14 @@ def test_refusals(text, tmp_path):
             distil(draft_config(9), target.params, token_map, *pair, DraftConfig(length=64), tmp_path)
     with pytest.raises(sj.DataError, match="do not fill two batches of 8 x 256"):
         distil(draft_config(9), target.params, token_map, data[:1], data, DraftConfig(epochs=1), tmp_path)
+    foreign = [dataclasses.replace(data[0], answer=data[0].answer + VOCAB), *data[1:]]
+    bare = [dataclasses.replace(data[0], features=None), *data[1:]]
+    for pair in ((foreign, data), (data, foreign)):
+        with pytest.raises(sj.DataError, match=f"the target's vocabulary is {VOCAB}"):
+            distil(draft_config(9), target.params, token_map, *pair, DraftConfig(), tmp_path)
+    for pair in ((bare, data), (data, bare)):
+        with pytest.raises(sj.DataError, match="has no features"):
+            distil(draft_config(9), target.params, token_map, *pair, DraftConfig(), tmp_path)
     save_draft(
         tmp_path / "d",
         init_draft(jax.random.key(0), draft_config(9), target.params, token_map),
