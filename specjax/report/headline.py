@@ -41,7 +41,6 @@ def headline(drafters: Record, searches: list[Record]) -> Figure:
         nodes, found = [row["tree_nodes"] for row in rows], [row["speedup"] for row in rows]
         config = record.result["config"]
         label = f"{record.machine}, {config.get('dtype', 'float32')}"
-        label += ", earlier heads" if record.name.endswith("first-heads") else ""
         if "first-heads" in record.name:
             label += ", earlier heads"
         right.plot(nodes, [s["median"] for s in found], color=colour, marker=mark, ms=5, label=label)
