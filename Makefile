@@ -73,8 +73,12 @@ records: $(VENV)/run
 figures: $(VENV)/run
 	$(BIN)/python -m specjax.report.headline
 
-docs: $(VENV)/run
+# Installed once: building needs no network.
+$(VENV)/docs: $(VENV)/run
 	$(PIP) install -c constraints.txt -e ".[docs]"
+	@touch $@
+
+docs: $(VENV)/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 notebooks: $(VENV)/test
