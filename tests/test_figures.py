@@ -9,11 +9,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
 import specjax as sj
-from specjax.report import decode_figures, training_figures
+from specjax.ranks.table import RankTable
+from specjax.report import decode_figures, rank_figures, training_figures
 from specjax.report.headline import DRAFTERS, SEARCHES, headline
 from specjax.report.records import Record
-from specjax.report.style import drafter_kind, drafter_style
+from specjax.report.style import drafter_kind, drafter_style, series
 from specjax.report.tree_figure import draw_tree
+from specjax.studies.tree_search import packaged_ranks
 
 RECORDS = Path(__file__).parents[1] / "experiments" / "records"
 LONG = "a draft model of five million parameters beside n-grams of up to seven tokens and Medusa"
@@ -68,8 +70,12 @@ def test_nothing_is_printed_over_anything(name, draw):
     figure = draw(RESULTS[name]())
     assert overlapping(figure) == []
     assert figure.get_figwidth() * 130 <= 1600
-    renderer = figure.canvas.get_renderer()
-    for legend in figure.legends:  # outside all axes
+    assert_legends_are_outside(figure)
+
+
+def assert_legends_are_outside(figure):
+    renderer = drawn(figure)
+    for legend in figure.legends:
         box = legend.get_window_extent(renderer)
         for axes in figure.axes:
             area = axes.get_window_extent(renderer)
@@ -115,3 +121,31 @@ def test_training_curves_have_whole_steps():
         assert overlapping(figure) == []
         ticks = [tick for tick in figure.axes[0].get_xticks() if 0 <= tick <= 2]
         assert ticks == [int(tick) for tick in ticks]
+
+
+def test_rank_figures():
+    table = RankTable.load(packaged_ranks("smollm2-135m-instruct"))
+    curves = {f"the curve of number {i}": [(n, i + n) for n in (2, 4, 8)] for i in range(5)}
+    figures = [
+        rank_figures.accuracy_by_head(table),
+        rank_figures.accuracy_by_category(table),
+        rank_figures.accuracy_by_entropy(table),
+        rank_figures.calibration(table),
+        rank_figures.tokens_against_nodes(curves),
+        rank_figures.speedup_against_nodes(curves),
+        rank_figures.speed_against_nodes(curves, 3.0),
+        rank_figures.predicted_against_measured(curves, "Tokens per round"),
+    ]
+    for figure in figures:
+        assert overlapping(figure) == []
+        assert figure.legends
+        assert not figure.axes[0].get_legend()
+        assert_legends_are_outside(figure)
+
+
+def test_numbered_curves_stay_apart_in_grey():
+    looks = [series(number) for number in range(5)]
+    rgb = [[int(look["color"][i : i + 2], 16) for i in (1, 3, 5)] for look in looks]
+    greys = [0.299 * r + 0.587 * g + 0.114 * b for r, g, b in rgb]
+    assert min(abs(a - b) for a, b in itertools.combinations(greys, 2)) > 12
+    assert len({look["marker"] for look in looks}) == 5

@@ -11,7 +11,7 @@ from matplotlib.patches import Rectangle
 
 from specjax.ranks.simulation import check_tree
 from specjax.ranks.table import RankTable
-from specjax.report.style import BLUE, GREY, LIGHT_BLUE, new_axes
+from specjax.report.style import BLUE, GREY, LIGHT_BLUE, legend_outside, new_axes, series
 from specjax.tree import Tree
 
 Curve = Sequence[tuple[int, float]]  # (nodes, value)
@@ -37,12 +37,12 @@ def accuracy_by_head(table: RankTable, ks: Sequence[int] = (1, 2, 3, 5, 10)) -> 
     """Top-k accuracy of every head."""
     figure, axes = new_axes("Accuracy by head", "head", "share of positions")
     heads = range(1, table.num_heads + 1)
-    for k in [k for k in ks if k <= table.cap]:
-        axes.plot(heads, table.accuracy(k), marker="o", label=f"top {k}")
+    for number, k in enumerate(k for k in ks if k <= table.cap):
+        axes.plot(heads, table.accuracy(k), label=f"top {k}", **series(number))
     axes.set_xticks(list(heads))
     axes.set_ylim(0, 1)
     axes.grid(axis="y", alpha=0.25)
-    axes.legend(frameon=False)
+    legend_outside(figure)
     return figure
 
 
@@ -55,7 +55,7 @@ def accuracy_by_category(table: RankTable) -> Figure:
         places = [place + shift for place in range(len(names))]
         axes.bar(places, [part.accuracy(k)[0] for part in parts], 0.4, color=colour, label=f"top {k}")
     axes.set_xticks(range(len(names)), names)
-    axes.legend(frameon=False)
+    legend_outside(figure)
     return figure
 
 
@@ -72,24 +72,24 @@ def accuracy_by_entropy(table: RankTable, bins: int = 8) -> Figure:
             for where in inside
             if where.any()
         ]
-        axes.plot(*zip(*points, strict=True), marker="o", ms=4, label=f"head {head + 1}")
+        axes.plot(*zip(*points, strict=True), label=f"head {head + 1}", **series(head))
     axes.set_ylim(0, 1)
     axes.grid(axis="y", alpha=0.25)
-    axes.legend(frameon=False)
+    legend_outside(figure)
     return figure
 
 
 def calibration(table: RankTable, bins: int = 10) -> Figure:
     """How often each head's best token is right, against how sure the head is."""
-    figure, axes = new_axes("Calibration of the heads", "confidence of the best token", "share right", (4.6, 4.2))
+    figure, axes = new_axes("Calibration of the heads", "confidence of the best token", "share right", (5.6, 4.2))
     axes.plot([0, 1], [0, 1], color=GREY, lw=1)
     for head in range(table.num_heads):
         confidence, right, count = table.calibration(head, bins)
         shown = count >= 20  # fewer say little
-        axes.plot(confidence[shown], right[shown], marker="o", ms=4, label=f"head {head + 1}")
+        axes.plot(confidence[shown], right[shown], label=f"head {head + 1}", **series(head))
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1)
-    axes.legend(frameon=False)
+    legend_outside(figure)
     return figure
 
 
@@ -119,7 +119,7 @@ def tokens_against_nodes(curves: Mapping[str, Curve], bounds: Mapping[str, float
         axes.axhline(value, ls="--", lw=0.9, color="#777777")
         label, place = f"{name}: {value:.2f}", ("axes fraction", "data")
         axes.annotate(label, (1, value), xycoords=place, ha="right", va="bottom", size=8)
-    figure.legend(loc="outside right upper", frameon=False)
+    legend_outside(figure)
     return figure
 
 
@@ -128,7 +128,7 @@ def speedup_against_nodes(curves: Mapping[str, Curve]) -> Figure:
     figure, axes = new_axes("Speed-up against tree size", _NODES, "speed-up", (7.5, 4.0))
     _curves(axes, curves)
     axes.axhline(1.0, color="black", lw=0.8)
-    figure.legend(loc="outside right upper", frameon=False)
+    legend_outside(figure)
     return figure
 
 
@@ -137,7 +137,7 @@ def speed_against_nodes(curves: Mapping[str, Curve], autoregressive: float) -> F
     figure, axes = new_axes("Speed against tree size", _NODES, "tokens per second", (7.5, 4.0))
     _curves(axes, curves)
     axes.axhline(autoregressive, color="black", lw=0.8, label="autoregressive")
-    figure.legend(loc="outside right upper", frameon=False)
+    legend_outside(figure)
     return figure
 
 
@@ -145,7 +145,8 @@ def _curves(axes: Axes, curves: Mapping[str, Curve]) -> None:
     # The later, the thinner and the more broken: curves that coincide are all seen.
     for number, (name, curve) in enumerate(curves.items()):
         width, dashes = max(1.2, 4.5 - 1.1 * number), ("-", "-", "--", ":")[number % 4]
-        axes.plot(*zip(*curve, strict=True), dashes, marker="o", ms=width + 1.5, lw=width, label=name)
+        look = {**series(number), "ms": width + 2.5}
+        axes.plot(*zip(*curve, strict=True), ls=dashes, lw=width, label=name, **look)
     axes.grid(alpha=0.25)
 
 
@@ -155,9 +156,9 @@ def predicted_against_measured(points: Mapping[str, Sequence[tuple[float, float]
     everything = [value for pairs in points.values() for pair in pairs for value in pair]
     low, high = min(everything), max(everything)
     axes.plot([low, high], [low, high], color=GREY, lw=1)
-    for name, pairs in points.items():
-        axes.scatter([a for a, _ in pairs], [b for _, b in pairs], s=18, label=name)
-    axes.legend(frameon=False)
+    for number, (name, pairs) in enumerate(points.items()):
+        axes.plot([a for a, _ in pairs], [b for _, b in pairs], ls="", label=name, **series(number))
+    legend_outside(figure, below=True)
     return figure
 
 

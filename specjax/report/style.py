@@ -14,6 +14,9 @@ DPI = 130
 _COLOURS = {"hybrid": "#54278f", "medusa": "#2f6db3", "draft": "#1b9e77", "ngram": "#f0a030", "none": "#c9d1d9"}
 _HATCHES = {"float32": "", "bfloat16": "///"}
 LINES = {"float32": "-", "bfloat16": "--"}
+# Of curves that are numbered (heads, searches): apart in grey, and by their marks.
+_SERIES = (BLUE, "#f0a030", "#54278f", "#1b9e77", "#b8c0c8")
+_MARKS = "os^Dv"
 
 
 def drafter_kind(name: str, nodes: int) -> str:
@@ -34,6 +37,17 @@ def drafter_style(name: str, nodes: int, dtype: str) -> dict[str, Any]:
 def drafter_colour(name: str, nodes: int) -> str:
     """The line of a method."""
     return _COLOURS[drafter_kind(name, nodes)]
+
+
+def series(number: int) -> dict[str, Any]:
+    """Colour and mark of the `number`-th of several curves."""
+    return {"color": _SERIES[number % len(_SERIES)], "marker": _MARKS[number % len(_MARKS)], "ms": 4.5}
+
+
+def legend_outside(figure: Figure, below: bool = False) -> None:
+    """The legend beside the axes, or below them in two columns, where it covers nothing."""
+    place: Any = "outside lower center" if below else "outside right upper"
+    figure.legend(loc=place, frameon=False, ncols=1 + below, fontsize=9)
 
 
 def wrapped(name: str, width: int = 24) -> str:

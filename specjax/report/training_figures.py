@@ -8,19 +8,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from specjax.report.style import BLUE, DPI, legend_outside, new_axes, series
+
 Log = Sequence[dict[str, Any]]
 
 
 def _axes(title: str, ylabel: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(6.0, 3.6), layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_title(title, loc="left", fontsize=11)
-    axes.set_xlabel("step")
+    figure, axes = new_axes(title, "step", ylabel, grid="y")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_ylabel(ylabel)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", alpha=0.25)
-    axes.set_axisbelow(True)
     return figure, axes
 
 
@@ -34,13 +29,11 @@ def loss_per_head(log: Log) -> Figure:
     told = "Loss per head: training (thin), held out (marks)" if steps else "Held-out loss per head"
     figure, axes = _axes(told, "nats per token")
     for i in range(len(evaluations[0]["eval"]["losses"])):
-        colour = f"C{i}"
+        colour = series(i)["color"]
         axes.plot([r["step"] for r in steps], [r["losses"][i] for r in steps], color=colour, lw=0.7, alpha=0.6)
         at = [r["step"] for r in evaluations]
-        axes.plot(
-            at, [r["eval"]["losses"][i] for r in evaluations], color=colour, marker="o", ms=4, label=f"head {i + 1}"
-        )
-    figure.legend(loc="outside right upper", frameon=False)
+        axes.plot(at, [r["eval"]["losses"][i] for r in evaluations], label=f"head {i + 1}", **series(i))
+    legend_outside(figure)
     return figure
 
 
@@ -51,10 +44,10 @@ def accuracy_per_head(log: Log) -> Figure:
     at = [r["step"] for r in evaluations]
     for i in range(len(evaluations[0]["eval"]["losses"])):
         top1, top3 = ([r["eval"]["accuracy"][k][i] for r in evaluations] for k in ("top1", "top3"))
-        axes.plot(at, top1, color=f"C{i}", marker="o", ms=4, label=f"head {i + 1}")
-        axes.plot(at, top3, color=f"C{i}", ls="--", lw=1)
+        axes.plot(at, top1, label=f"head {i + 1}", **series(i))
+        axes.plot(at, top3, ls="--", lw=1, **{**series(i), "ms": 3})
     axes.set_ylim(0, 1)
-    figure.legend(loc="outside right upper", frameon=False)
+    legend_outside(figure)
     return figure
 
 
@@ -62,7 +55,7 @@ def tokens_per_round(log: Log, tree: str) -> Figure:
     """What decoding the held-out text with `tree` would commit per target forward."""
     _, evaluations = _split(log)
     figure, axes = _axes(f"Tokens per target forward with {tree} (1 = autoregressive)", "tokens per round")
-    axes.plot([r["step"] for r in evaluations], [r["eval"]["tokens_per_round"] for r in evaluations], marker="o", ms=4)
+    axes.plot([r["step"] for r in evaluations], [r["eval"]["tokens_per_round"] for r in evaluations], **series(0))
     axes.axhline(1.0, color="black", lw=0.8)
     return figure
 
@@ -71,10 +64,8 @@ def backbone_loss(log: Log) -> Figure:
     """Medusa-2's backbone loss: of every step, thin, and held out at every evaluation, with marks."""
     steps, evaluations = _split(log)
     figure, axes = _axes("Backbone loss: training (thin), held out (marks)", "nats per token")
-    axes.plot([r["step"] for r in steps], [r["backbone"] for r in steps], lw=0.7, alpha=0.6)
-    axes.plot(
-        [r["step"] for r in evaluations], [r["eval"]["backbone"] for r in evaluations], color="C0", marker="o", ms=4
-    )
+    axes.plot([r["step"] for r in steps], [r["backbone"] for r in steps], color=BLUE, lw=0.7, alpha=0.6)
+    axes.plot([r["step"] for r in evaluations], [r["eval"]["backbone"] for r in evaluations], **series(0))
     return figure
 
 
@@ -82,7 +73,7 @@ def learning_rate(log: Log) -> Figure:
     """The schedule, as it was."""
     steps, _ = _split(log)
     figure, axes = _axes("Learning rate", "learning rate")
-    axes.plot([r["step"] for r in steps], [r["learning_rate"] for r in steps])
+    axes.plot([r["step"] for r in steps], [r["learning_rate"] for r in steps], color=BLUE)
     return figure
 
 
@@ -90,11 +81,12 @@ def draft_losses(log: Log) -> Figure:
     """A draft's divergence from the target and its loss on the text at every step; the latter held out too, marks."""
     steps, evaluations = _split(log)
     figure, axes = _axes("Divergence and text loss: training (thin); held-out text (marks)", "nats per token")
-    for colour, name in (("C0", "divergence"), ("C1", "text")):
+    for number, name in enumerate(("divergence", "text")):
+        colour = series(number)["color"]
         axes.plot([r["step"] for r in steps], [r[name] for r in steps], color=colour, lw=0.7, alpha=0.6, label=name)
     at = [r["step"] for r in evaluations]
-    axes.plot(at, [r["eval"]["text"] for r in evaluations], color="C1", marker="o", ms=4)
-    figure.legend(loc="outside right upper", frameon=False)
+    axes.plot(at, [r["eval"]["text"] for r in evaluations], **series(1))
+    legend_outside(figure)
     return figure
 
 
@@ -103,10 +95,10 @@ def draft_acceptance(log: Log) -> Figure:
     _, evaluations = _split(log)
     figure, axes = _axes("Held-out acceptance, one token ahead", "share of positions")
     at = [r["step"] for r in evaluations]
-    for name, label in (("acceptance", "sampled, temperature 1"), ("agreement", "greedy")):
-        axes.plot(at, [r["eval"][name] for r in evaluations], marker="o", ms=4, label=label)
+    for number, (name, label) in enumerate((("acceptance", "sampled, temperature 1"), ("agreement", "greedy"))):
+        axes.plot(at, [r["eval"][name] for r in evaluations], label=label, **series(number))
     axes.set_ylim(0, 1)
-    figure.legend(loc="outside right upper", frameon=False)
+    legend_outside(figure)
     return figure
 
 
@@ -140,5 +132,5 @@ def save_training_figures(log: Log, directory: Path, tree: str) -> list[str]:
 
 def _save(figures: dict[str, Figure], directory: Path) -> list[str]:
     for name, figure in figures.items():
-        figure.savefig(directory / name, dpi=130)
+        figure.savefig(directory / name, dpi=DPI)
     return list(figures)
