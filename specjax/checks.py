@@ -2,6 +2,7 @@
 
 import inspect
 import reprlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -25,8 +26,11 @@ def check_is(value: Any, kind: type, what: str, remedy: str) -> None:
         raise ConfigError(f"{what} is {given}, not a {kind.__name__}; {remedy}")
 
 
-def check_implements(value: Any, protocol: type, examples: str) -> None:
-    """Checks that an object, a user's own perhaps, has what the loop is going to call.
+def check_implements(value: Any, protocol: type, examples: str, inherited: Sequence[str] = ()) -> None:
+    """Checks that an object, a user's own perhaps, has what is going to be called.
+
+    Args:
+      inherited: members for which the protocol itself will do.
 
     Raises:
       ConfigError: a class in place of an instance, or an object without some members of the protocol.
@@ -35,6 +39,7 @@ def check_implements(value: Any, protocol: type, examples: str) -> None:
     if isinstance(value, type):
         raise ConfigError(f"{value.__name__} is a class; pass an instance of it, such as {examples}.")
     members = sorted({*vars(protocol), *inspect.get_annotations(protocol)})
+    members = [member for member in members if member not in inherited]
     wanted = [member for member in members if member == "__call__" or not member.startswith("_")]
     # Statically: a property may fail for a reason of its own. A subclass of the protocol inherits its empty bodies.
     absent = object()

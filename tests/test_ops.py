@@ -109,6 +109,19 @@ def test_rows_are_padded_on_a_cpu_alone():
     assert ops.padded_rows(5, jnp.float32) == 8
 
 
+def test_what_was_traced_for_a_cpu_is_traced_anew_for_another_platform():
+    """One function, as `decode` is, whose trace `jit` keeps."""
+    rows = jax.jit(lambda x: jnp.zeros(ops.padded_rows(len(x), x.dtype)))
+    x = jnp.zeros(6)
+    assert rows(x).shape == (8,)
+    with ops.tracing_for("tpu"):
+        assert rows.trace(x).jaxpr.out_avals[0].shape == (6,)
+        assert rows(x).shape == (6,)
+        with ops.tracing_for("cpu"):
+            assert rows(x).shape == (8,)
+    assert rows(x).shape == (8,)
+
+
 def test_a_round_slices_no_stacked_kernels():
     """The loop's body has one array a head: a slice of a stacked one would be copied in every round."""
     model, stacked = tiny_model(num_layers=1), ("[3,16,16]", "f32[2,16,16]")

@@ -7,7 +7,7 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ import specjax
 from specjax.cli.tree import TREE_HELP, add_commands
 
 if TYPE_CHECKING:
+    from specjax.drafters.registry import DrafterEntry
     from specjax.loading.load import Model
 
 
@@ -23,7 +24,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     from specjax.errors import SpecJaxError
 
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = _parser(drafting=bool({"generate", "chat"} & set(arguments[:1])))
+    try:
+        parser = _parser(_drafters(arguments[1:]) if {"generate", "chat"} & set(arguments[:1]) else None)
+    except SpecJaxError as error:
+        print(f"specjax: {error}", file=sys.stderr)
+        return 2
+    except argparse.ArgumentError as error:
+        print(f"specjax: a drafter has an option that is the command's own: {error}; rename it.", file=sys.stderr)
+        return 2
     # An experiment's own options are parsed by its config.
     options, rest = parser.parse_known_args(arguments)
     if rest and options.command != "run":
@@ -40,7 +48,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _parser(*, drafting: bool) -> argparse.ArgumentParser:
+def _drafters(arguments: list[str]) -> dict[str, "DrafterEntry"]:
+    """Those that have options to parse: all that are registered, and one of the user's own where it is named."""
+    from specjax.drafters import registry
+
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--drafter", default="none")
+    named = dict(registry.entries_of(first.parse_known_args(arguments)[0].drafter))
+    return {name: registry.drafter_entry(name) for name in registry.drafter_names()} | named
+
+
+def _parser(drafters: "Mapping[str, DrafterEntry] | None") -> argparse.ArgumentParser:
     # Drafters' own options come from the registry, which loads JAX: only where they can be given.
     parser = argparse.ArgumentParser(prog="specjax", description="A laboratory for speculative decoding in JAX.")
     parser.add_argument("--version", action="version", version=f"specjax {specjax.__version__}")
@@ -55,13 +73,13 @@ def _parser(*, drafting: bool) -> argparse.ArgumentParser:
     run.set_defaults(function=_run, parser=run)
 
     generate = commands.add_parser("generate", help="answer one prompt")
-    _model_options(generate, max_new_tokens=128, drafting=drafting)
+    _model_options(generate, max_new_tokens=128, drafters=drafters)
     generate.add_argument("--prompt", required=True)
     generate.add_argument("--raw", action="store_true", help="use the prompt as it is, without the chat template")
     generate.set_defaults(function=_generate)
 
     chat = commands.add_parser("chat", help="talk to a model; accepted drafts are coloured")
-    _model_options(chat, max_new_tokens=256, drafting=drafting)
+    _model_options(chat, max_new_tokens=256, drafters=drafters)
     chat.set_defaults(function=_chat)
 
     add_commands(commands)
@@ -83,12 +101,14 @@ def _parser(*, drafting: bool) -> argparse.ArgumentParser:
     return parser
 
 
-def _model_options(parser: argparse.ArgumentParser, max_new_tokens: int, *, drafting: bool) -> None:
+def _model_options(
+    parser: argparse.ArgumentParser, max_new_tokens: int, drafters: "Mapping[str, DrafterEntry] | None"
+) -> None:
     parser.add_argument(
         "--model", required=True, help="packaged name, Hugging Face directory or repository, .gguf file"
     )
-    if drafting:
-        _drafter_options(parser)
+    if drafters is not None:
+        _drafter_options(parser, drafters)
     parser.add_argument("--tree", help=f"{TREE_HELP}; for a hybrid one for each part, joined by '+'")
     parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens)
     parser.add_argument(
@@ -106,23 +126,20 @@ def _model_options(parser: argparse.ArgumentParser, max_new_tokens: int, *, draf
     parser.add_argument("--seed", type=int, default=0)
 
 
-def _drafter_options(parser: argparse.ArgumentParser) -> None:
-    from specjax.drafters.registry import NEEDS, drafter_entry, drafter_names
-
-    entries = {name: drafter_entry(name) for name in drafter_names()}
+def _drafter_options(parser: argparse.ArgumentParser, drafters: "Mapping[str, DrafterEntry]") -> None:
     parser.add_argument(
         "--drafter",
-        help=f"none, {', '.join(entries)}, one of your own as module:attribute, or a hybrid such as ngram+medusa "
+        help=f"none, {', '.join(drafters)}, one of your own as module:attribute, or a hybrid such as ngram+medusa "
         "(default: the one that the files are for; without files none: autoregressive)",
     )
-    for need, what in NEEDS.items():
-        users = [name for name, entry in entries.items() if need in entry.needs]
-        parser.add_argument(_flag(need), help=f"for {' and '.join(users)}: {what}")
-    for name, option in {name: one for entry in entries.values() for name, one in entry.options.items()}.items():
+    for name, what in {name: what for entry in drafters.values() for name, what in entry.files.items()}.items():
+        users = [user for user, entry in drafters.items() if name in entry.files]
+        parser.add_argument(_flag(name), help=f"for {' and '.join(users)}: {what}")
+    for name, option in {name: one for entry in drafters.values() for name, one in entry.options.items()}.items():
         many: dict[str, Any] = {"nargs": "*"} if option.many else {}
-        parser.add_argument(
-            _flag(name), type=option.kind, help=option.help, metavar=option.kind.__name__.upper(), **many
-        )
+        kind, shown = option.kind, option.kind.__name__.upper()
+        parser.add_argument(_flag(name), type=kind, help=option.help, metavar=shown, **many)
+    parser.set_defaults(drafters=drafters)
 
 
 def _flag(name: str) -> str:
@@ -134,8 +151,9 @@ def _drafting(options: argparse.Namespace) -> dict[str, Any]:
     from specjax.drafters import registry
     from specjax.errors import ConfigError
 
-    files = {need: getattr(options, need) for need in registry.NEEDS}
-    own = {name for entry in map(registry.drafter_entry, registry.drafter_names()) for name in entry.options}
+    entries = options.drafters.values()
+    files = {name: getattr(options, name) for entry in entries for name in entry.files}
+    own = {name for entry in entries for name in entry.options}
     given = {name: value for name in sorted(own) if (value := getattr(options, name)) is not None}
     named = options.drafter or registry.default_drafter(files)
     for option in ("typical", "tree"):
@@ -145,7 +163,7 @@ def _drafting(options: argparse.Namespace) -> dict[str, Any]:
                 "leave it out."
             )
     registry.refuse_idle(named, files, given, _flag)
-    return {"text": named, "tree": options.tree, "options": given, **files}
+    return {"text": named, "tree": options.tree, "options": given, "files": files}
 
 
 def _prepare(options: argparse.Namespace) -> tuple["Model", dict[str, Any]]:

@@ -1,13 +1,15 @@
 """Drafters by name: what `--drafter`, an experiment's methods and `build_drafter` know, and how to add one.
 
-A drafter of one's own is registered in one call (`register_drafter`), or named as `module:attribute`: its class, or any
-function of a tree that gives a drafter.
+A drafter of one's own is named as `module:attribute`: its class, or any function of a tree that gives a drafter. Who
+imports the module that registers it (`register_drafter`) has it by its name, too.
 """
 
 import importlib
+import inspect
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,7 +37,7 @@ class Ingredients:
     Attributes:
       target: the model that verifies.
       tree: None: the drafter's default one.
-      files: by name what the drafter needs (`heads`, `draft_model`), as their loaders take it.
+      files: by name those that its entry lists, as their loaders take them.
       acceptance: a drafter may sample as `Sample` does.
       options: the drafter's own that are given.
     """
@@ -68,22 +70,18 @@ class DrafterEntry:
     Attributes:
       build: makes it.
       default_tree: as `Tree.parse` takes it. Small ones: on a CPU a wide round costs more than it accepts.
-      needs: the files that must be named, some of `NEEDS`.
+      files: by name those that must be given, and what each may be.
       options: by name.
       auto: whether `tree="auto"` can be chosen by timing this machine (Medusa: from its rank table or accuracies).
     """
 
     build: Callable[[Ingredients], Drafter]
     default_tree: str = "chain:4"
-    needs: tuple[str, ...] = ()
+    files: Mapping[str, str] = field(default_factory=dict)
     options: Mapping[str, DrafterOption] = field(default_factory=dict)
     auto: bool = False
 
 
-NEEDS = {
-    "heads": "packaged name, file or directory",
-    "draft_model": "packaged name, directory, repository or .gguf file",
-}
 _ENTRIES: dict[str, DrafterEntry] = {}
 
 
@@ -92,22 +90,22 @@ def register_drafter(
     build: Callable[[Ingredients], Drafter],
     *,
     default_tree: str = "chain:4",
-    needs: tuple[str, ...] = (),
+    files: Mapping[str, str] | None = None,
     options: Mapping[str, DrafterOption] | None = None,
     auto: bool = False,
 ) -> None:
-    """Makes a drafter known to the command line, experiments and `build_drafter`; arguments as in `DrafterEntry`.
+    """Gives a drafter a name, for `build_drafter` and experiments of a process that imports this call, and for the
+    command line where the package makes it; arguments as in `DrafterEntry`. A module that is loaded anew replaces what
+    it registered.
 
     Raises:
-      ConfigError: a name that stands for another drafter or means something else, or needs that there are not.
+      ConfigError: a name that stands for another module's drafter or means something else.
       TreeError: a default tree that is none.
     """
     if name in ("none", "auto") or not name or set(name) & set("+:"):
         raise ConfigError(f"a drafter cannot be named {name!r}; choose a word without '+' and ':', not none or auto.")
-    if unknown := set(needs) - set(NEEDS):
-        raise ConfigError(f"{name} needs {min(unknown)!r}; expected some of {sorted(NEEDS)}.")
     Tree.parse(default_tree)
-    entry = DrafterEntry(build, default_tree, needs, dict(options or {}), auto)
+    entry = DrafterEntry(build, default_tree, dict(files or {}), dict(options or {}), auto)
     if name in _ENTRIES and _ENTRIES[name].build.__module__ != build.__module__:
         raise ConfigError(f"there is a drafter {name!r} already, of {_ENTRIES[name].build.__module__}; choose another.")
     _ENTRIES[name] = entry
@@ -132,17 +130,44 @@ def drafter_entry(name: str) -> DrafterEntry:
             f"no drafter {name!r}; expected none, or one or more of {', '.join(_ENTRIES)}, joined by '+', or one of "
             "your own as module:attribute."
         )
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # the folder that the command is given in, as `python -m` has it
+    made = _imported(name, module, attribute)
     try:
-        made = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"the drafter {name!r} cannot be imported: {error}. Is the folder of {module} here?"
-        ) from error
+        parameters = list(inspect.signature(made).parameters.items())
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{name} does not say what it takes ({error}); name a function of a tree.") from error
+    options = {}
+    for option, parameter in parameters[1:]:  # the first one is the tree
+        if type(parameter.default) in (int, float, str):
+            told = f"{attribute}: {option.replace('_', ' ')} (default {parameter.default})"
+            options[option] = DrafterOption(type(parameter.default), told)
+    return DrafterEntry(lambda given: made(given.tree or Tree.parse("chain:4"), **given.options), options=options)
+
+
+def _imported(name: str, module: str, attribute: str) -> Callable[..., Drafter]:
+    try:
+        with _from_this_folder():
+            made = getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        if error.name and not f"{module}.".startswith(f"{error.name}."):
+            raise ConfigError(
+                f"the drafter {name!r} needs {error.name}, which is not installed; install it."
+            ) from error
+        raise ConfigError(f"no module {module} for the drafter {name!r}; go to the folder that it is in.") from error
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"the drafter {name!r} cannot be imported: {error}.") from error
     if not callable(made):
         raise ConfigError(f"{name} is {made!r}; expected a drafter's class, or a function of a tree that gives one.")
-    return DrafterEntry(lambda given: made(given.tree or Tree.parse("chain:4")))
+    return made
+
+
+@contextmanager
+def _from_this_folder() -> Iterator[None]:
+    # As `python -m` has it; the `specjax` command does not.
+    sys.path.insert(0, "")
+    try:
+        yield
+    finally:
+        sys.path.remove("")
 
 
 def entries_of(text: str) -> list[tuple[str, DrafterEntry]]:
@@ -153,7 +178,7 @@ def entries_of(text: str) -> list[tuple[str, DrafterEntry]]:
 def default_drafter(files: Mapping[str, str | None]) -> str:
     """What drafts where only files are named: the first drafter that needs no others."""
     named = {name for name, file in files.items() if file is not None}
-    return next((name for name, entry in _ENTRIES.items() if entry.needs and set(entry.needs) <= named), "none")
+    return next((name for name, entry in _ENTRIES.items() if entry.files and set(entry.files) <= named), "none")
 
 
 def refuse_idle(
@@ -168,7 +193,7 @@ def refuse_idle(
       ConfigError: the first such one.
     """
     parts = entries_of(text)
-    for kind, given in (("needs", files), ("options", options)):
+    for kind, given in (("files", files), ("options", options)):
         for name, value in given.items():
             if value is None or any(name in getattr(entry, kind) for _, entry in parts):
                 continue
@@ -182,8 +207,7 @@ def build_drafter(
     target: Model,
     *,
     tree: str | None = None,
-    heads: str | None = None,
-    draft_model: str | None = None,
+    files: Mapping[str, str | None] | None = None,
     acceptance: Acceptance | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Drafter | None:
@@ -192,8 +216,7 @@ def build_drafter(
     Args:
       text: "none", a drafter's name, or several joined by "+": a hybrid, tried in that order.
       tree: what `Tree.parse` takes; for a hybrid one for each part, joined by "+". None: the drafters' own.
-      heads: for medusa, as in `load_heads`.
-      draft_model: for draft, as in `load_draft`.
+      files: by name: `heads` for medusa, as in `load_heads`; `draft_model` for draft, as in `load_draft`.
       acceptance: a draft model samples as `Sample` does, and is greedy otherwise.
       options: of the drafters, by name; each takes its own.
 
@@ -209,14 +232,13 @@ def build_drafter(
         raise ConfigError(
             f"the drafter {text!r} has {len(parts)} parts, the tree {tree!r} {len(trees)}; give one each."
         )
-    files = {"heads": heads, "draft_model": draft_model}
     made = []
     for (name, entry), shape in zip(parts, trees, strict=True):
-        if missing := [need for need in entry.needs if files[need] is None]:
+        named = {need: file for need in entry.files if (file := (files or {}).get(need)) is not None}
+        if missing := [need for need in entry.files if need not in named]:
             flag = "--" + missing[0].replace("_", "-")
-            raise ConfigError(f"the drafter {name} needs {missing[0]} ({NEEDS[missing[0]]}); name it ({flag}).")
+            raise ConfigError(f"the drafter {name} needs {missing[0]} ({entry.files[missing[0]]}); name it ({flag}).")
         own = {option: value for option, value in (options or {}).items() if option in entry.options}
-        named = {need: file for need in entry.needs if (file := files[need]) is not None}
         made.append(entry.build(Ingredients(target, shape, named, acceptance, own)))
         check_is(made[-1].tree, Tree, f"the tree of {name}", "a drafter's tree is a specjax Tree.")
     return made[0] if len(made) == 1 else HybridDrafter(tuple(made))
@@ -258,8 +280,10 @@ def _draft(given: Ingredients) -> Drafter:
     return DraftModelDrafter(draft, tree, rule.temperature, rule.top_k, rule.top_p, token_map)
 
 
-register_drafter("medusa", _medusa, default_tree=_MEDUSA_TREE, needs=("heads",), auto=True)
-register_drafter("draft", _draft, needs=("draft_model",))
+register_drafter(
+    "medusa", _medusa, default_tree=_MEDUSA_TREE, files={"heads": "packaged name, file or directory"}, auto=True
+)
+register_drafter("draft", _draft, files={"draft_model": "packaged name, directory, repository or .gguf file"})
 register_drafter(
     "ngram",
     _ngram,

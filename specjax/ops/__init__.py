@@ -7,10 +7,8 @@ has is a shape, and shapes are fixed when a program is traced: `padded_rows` goe
 by the one that `tracing_for` names. Under `vmap` a batch supplies the rows; operations can be differentiated.
 """
 
-import contextlib
-import contextvars
 import functools
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -32,23 +30,19 @@ __all__ = [
     "tracing_for",
 ]
 
-_platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
+# Part of what `jit` remembers a traced function by: one traced for another platform is not taken for this one's.
+_platform = jax.make_user_context(None)
 attend = plain.attend
 
 
-@contextlib.contextmanager
-def tracing_for(platform: str) -> Iterator[None]:
+def tracing_for(platform: str) -> AbstractContextManager[None]:
     """Traces programs for another platform than JAX runs on, such as "cuda" or "tpu", to be compiled ahead of time."""
-    token = _platform.set(platform)
-    try:
-        yield
-    finally:
-        _platform.reset(token)
+    return _platform(platform)
 
 
 def padded_rows(rows: int, dtype: Any) -> int:
     """The number of rows, at least as many, that a forward pass is fastest with."""
-    return cpu.padded_rows(rows, dtype) if (_platform.get() or jax.default_backend()) == "cpu" else rows
+    return cpu.padded_rows(rows, dtype) if (_platform.value or jax.default_backend()) == "cpu" else rows
 
 
 def dot(spec: str, x: Float[Array, "T *in"], w: Array) -> Float[Array, "T *out"]:

@@ -75,11 +75,17 @@ class Method:
     tree: str = "auto"
     drafter: str | None = None  # as `specjax generate --drafter`; None: medusa if there are heads, otherwise none
     draft_model: str | None = None
+    files: dict[str, str] = field(default_factory=dict)  # what else a drafter of one's own needs, by name
     options: dict[str, Any] = field(default_factory=dict)  # the drafter's own, such as {"max_n": 4} of n-grams
     temperature: float = 0.0  # 0: greedy; above: lossless sampling
     top_p: float = 1.0
     top_k: int | None = None
     typical: bool = False  # typical acceptance at that temperature: NOT lossless
+
+    @property
+    def all_files(self) -> dict[str, str | None]:
+        """By name, as `build_drafter` takes them."""
+        return {"heads": self.heads, "draft_model": self.draft_model, **self.files}
 
     @property
     def drafts_with(self) -> str:
@@ -88,10 +94,9 @@ class Method:
         Raises:
           ConfigError: an unknown drafter, or files or options that it does not use.
         """
-        files = {"heads": self.heads, "draft_model": self.draft_model}
-        named = self.drafter or default_drafter(files)
+        named = self.drafter or default_drafter(self.all_files)
         try:
-            refuse_idle(named, files, self.options)
+            refuse_idle(named, self.all_files, self.options)
         except ConfigError as error:
             raise ConfigError(f"{self.name}: {error}") from error
         return named
@@ -182,8 +187,7 @@ class DecodeExperiment:
                 named,
                 model,
                 tree=None if method.tree == "auto" else method.tree,
-                heads=method.heads,
-                draft_model=method.draft_model,
+                files=method.all_files,
                 acceptance=method.acceptance,
                 options=method.options,
             )

@@ -133,9 +133,8 @@ class TwoSample:
         ]
         for key, (name, tree) in zip(keys[2:], self.drafters, strict=True):
             with console.status(f"sampling with {name}"):
-                drafter = build_drafter(
-                    name, model, tree=tree, heads=self.heads, draft_model=self.draft_model, acceptance=acceptance
-                )
+                files = {"heads": self.heads, "draft_model": self.draft_model}
+                drafter = build_drafter(name, model, tree=tree, files=files, acceptance=acceptance)
                 drawn, accepted = draw(drafter=drafter, key=key)
             rows.append(
                 {"drafter": name, "tree": tree, "accepted_per_round": accepted, "p_value": p_value(base, drawn)}

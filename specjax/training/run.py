@@ -7,13 +7,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from specjax.checks import check_implements
 from specjax.training import mesh
 from specjax.training.objective import Batch, Moment, Objective, Select
 from specjax.training.optimiser import Optimiser, State, build
-from specjax.training.steps import Monitor, Placement, best_state, run_steps
+from specjax.training.steps import Monitor, best_state, run_steps
 
 Step = Callable[[State, Batch, Any], tuple[State, dict[str, Array]]]
 
@@ -65,20 +67,21 @@ def train(
       monitor: follows the run (`monitor.RunMonitor`).
 
     Raises:
-      ConfigError: shapes that do not fit each other, or rows or a dimension that the mesh does not divide.
+      ConfigError: an objective that lacks something of the protocol, shapes that do not fit each other, or rows or a
+        dimension that the mesh does not divide.
       DataError: text without labels, of another vocabulary or too little of it; a loss that is not finite (the last
         checkpoint stays as it was).
       TreeError: a tree that the objective cannot be judged by.
       CheckpointError: a full disk, or a directory in which a run of other settings, target, data or tree was begun.
     """
+    check_implements(objective, Objective, "CachedMedusa(heads=..., ...)", inherited=("steps_per_epoch", "factors"))
     on = mesh.MeshConfig(1, 1).build() if on is None else on
     settings = objective.settings
     objective.check(on)
     steps, shards, everywhere = objective.steps, on.shape[mesh.DATA], mesh.replicated(on)
     optimiser = build(settings, steps, objective.factors)
-    params = objective.initial()
-    shardings = mesh.optimiser_shardings(optimiser, params, objective.shardings(on), on)
-    state = mesh.put(optimiser.init(params), shardings)
+    shapes = jax.eval_shape(objective.initial)
+    shardings = mesh.optimiser_shardings(optimiser, shapes, objective.shardings(on), on)
     constants = objective.constants(on)
     step = jax.jit(
         step_of(objective, optimiser, steps, shards), donate_argnums=0, out_shardings=(shardings, everywhere)
@@ -88,6 +91,10 @@ def train(
     def judge(state: State, batch: Batch, constants: Any) -> dict[str, Array]:
         return objective.judge(optimiser.evaluated(state), constants, batch, shards)
 
+    def begin() -> State:
+        # Copied: steps donate the state, and the objective keeps its heads.
+        return mesh.put(jax.tree.map(np.array, optimiser.init(objective.initial())), shardings)
+
     def evaluate(state: State) -> dict[str, Any]:
         batches = objective.held_out_batches(shards)
         return objective.record([jax.device_get(judge(state, mesh.put_batch(b, on), constants)) for b in batches])
@@ -95,7 +102,7 @@ def train(
     batches = objective.batches()
     final, log = run_steps(
         lambda state, batch: step(state, batch, constants),
-        state,
+        begin,
         batches,
         steps=steps,
         directory=directory,
@@ -107,7 +114,7 @@ def train(
         keep=settings.keep,
         per_step=objective.amounts,
         monitor=monitor,
-        placement=Placement(lambda state: state, functools.partial(mesh.put_batch, on=on)),
+        place=functools.partial(mesh.put_batch, on=on),
     )
     chosen = final if settings.select == "last" else best_state(directory, final, batches)
     whole = mesh.gather(jax.jit(optimiser.evaluated)(chosen), on)

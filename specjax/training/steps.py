@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, Protocol
 
 import grain
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -26,16 +25,6 @@ from specjax.training import identity
 Step = Callable[[Any, Any], tuple[Any, dict[str, jax.Array]]]
 LOG = "log.jsonl"
 _DISK_SECONDS = 10.0  # in which a file written on one host is there on the others
-
-
-class Placement(NamedTuple):
-    """Puts a state, and every batch of NumPy arrays, on the devices where the step wants them."""
-
-    state: Callable[[Any], Any]
-    batch: Callable[[Any], Any]
-
-
-ANYWHERE = Placement(lambda state: state, lambda batch: batch)  # the default device, or where the arrays are
 
 
 class Monitor(Protocol):
@@ -59,7 +48,7 @@ class Finished(NamedTuple):
 
 def run_steps(
     step: Step,
-    state: Any,
+    begin: Callable[[], Any],
     batches: grain.IterDataset,
     *,
     steps: int,
@@ -72,7 +61,7 @@ def run_steps(
     keep: int = 2,
     per_step: Mapping[str, float] | None = None,
     monitor: Monitor | None = None,
-    placement: Placement = ANYWHERE,
+    place: Callable[[Any], Any] = lambda batch: batch,
 ) -> Finished:
     """Runs `step` until `steps` are done, resuming from the newest checkpoint in `directory` where there is one.
 
@@ -80,7 +69,8 @@ def run_steps(
 
     Args:
       step: `(state, batch) -> (state, metrics)`, jitted; may donate the state. Metrics are arrays; `loss` is a scalar.
-      state: a pytree of arrays, of the shape and dtype that checkpoints have. It is left intact.
+      begin: makes the state, a pytree of arrays of the shape, dtype and sharding that checkpoints have. It is the run's
+        own: nothing else holds it, so that a step may donate it and there is no second one.
       batches: dicts of NumPy arrays, in a fixed order.
       checkpoint_every: steps between checkpoints; there is one at the end too. Losses are checked and logged then.
       settings: what the run depends on, the data too, as JSON takes it (`identity`): a run is resumed only with the
@@ -90,7 +80,7 @@ def run_steps(
       score: of an `eval` record; the checkpoint with the highest one stays beside the newest `keep`.
       per_step: amounts by name that a step works off, e.g. tokens; the log has them by the second.
       monitor: follows the run.
-      placement: where state and batches are to be; a restored state too.
+      place: puts a batch on the devices where the step wants it.
 
     Raises:
       DataError: data that ends early, or a loss that is not finite; the last checkpoint, where there is one, is of
@@ -100,7 +90,7 @@ def run_steps(
     """
     directory.mkdir(parents=True, exist_ok=True)
     checkpoints, iterator = directory / "checkpoints", iter(batches)
-    state = placement.state(jax.tree.map(jnp.array, state))  # a step may donate its state: keep the caller's
+    state = begin()
     _check_hosts(checkpoints, settings)
     first = checkpoint.latest(checkpoints)
     log: list[dict[str, Any]] = []
@@ -136,7 +126,7 @@ def run_steps(
             batch = next(iterator)
         except StopIteration:
             raise DataError(f"the data ended after {done} of {steps} steps; allow more epochs.") from None
-        state, metrics = step(state, placement.batch(batch))
+        state, metrics = step(state, place(batch))
         done += 1
         pending.append(metrics)
         if monitor is not None:

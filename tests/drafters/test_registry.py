@@ -14,6 +14,7 @@ import specjax as sj
 from specjax.cli.main import main
 from specjax.drafters import registry
 from specjax.drafters.registry import build_drafter, drafter_entry, drafter_names, register_drafter
+from specjax.studies.decode import Method
 
 PAGE = Path(__file__).parents[2] / "docs" / "write_a_drafter.md"
 
@@ -27,7 +28,8 @@ def outside(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", ["", *sys.path])
     monkeypatch.setattr(registry, "_ENTRIES", dict(registry._ENTRIES))
     yield tmp_path
-    sys.modules.pop("periodic", None)
+    for name in ("periodic", "options", "clashing"):
+        sys.modules.pop(name, None)
 
 
 def test_the_pages_drafter_has_25_lines():
@@ -54,11 +56,77 @@ def test_it_drafts_from_the_command_line(outside, checkpoint, capsys):
     for drafter in (["periodic:Periodic"], ["ngram+periodic:Periodic", "--tree", "chain:2+chain:3"]):
         assert main([*command, "--drafter", *drafter]) == 0
         assert capsys.readouterr().out == plain
-    for wrong, message in (("nowhere:Periodic", "cannot be imported"), ("periodic:Nothing", "cannot be imported")):
+    for wrong, message in (("nowhere:Periodic", "no module nowhere"), ("periodic:Nothing", "cannot be imported")):
         assert main([*command, "--drafter", wrong]) == 2
         assert message in capsys.readouterr().err
-    assert main([*command, "--drafter", "periodic:option"]) == 2
-    assert "expected a drafter's class" in capsys.readouterr().err
+    (outside / "lacking.py").write_text("import no_such_library")
+    for wrong, message in (
+        ("periodic:option", "expected a drafter's class"),
+        ("builtins:dict", "does not say what it takes"),
+        ("lacking:Drafter", "needs no_such_library, which is not installed"),
+    ):
+        assert main([*command, "--drafter", wrong]) == 2
+        assert message in capsys.readouterr().err
+
+
+OPTIONS = """
+from periodic import Periodic
+periods = []
+def drafter(tree, period=4):
+    periods.append(period)
+    return Periodic(tree, period)
+"""
+
+
+def test_its_parameters_are_options(outside, checkpoint, capsys):
+    """Of what the command line names, without a registration: with the defaults' types."""
+    (outside / "options.py").write_text(OPTIONS)
+    command = ["generate", "--model", str(checkpoint), "--prompt", "hi", "--max-new-tokens", "5"]
+    assert main([*command, "--drafter", "options:drafter"]) == 0
+    assert main([*command, "--drafter", "options:drafter", "--period", "2"]) == 0
+    assert sys.modules["options"].periods == [4, 2]
+    assert main([*command, "--drafter", "periodic:Periodic", "--period", "1"]) == 0
+    capsys.readouterr()
+    assert main([*command, "--drafter", "ngram", "--tree", "chain:2", "--reach", "1"]) == 0
+    assert main([*command, "--drafter", "ngram", "--period", "2"]) == 2
+    assert "--period is for the drafter periodic" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*command, "--drafter", "periodic:Periodic", "--help"])
+    assert "--period INT" in capsys.readouterr().out
+
+
+CLASHING = """
+def clash(tree, seed=3):
+    return None
+"""
+
+
+def test_an_option_cannot_take_a_commands_name(outside, checkpoint, capsys):
+    (outside / "clashing.py").write_text(CLASHING)
+    assert main(["generate", "--model", str(checkpoint), "--prompt", "hi", "--drafter", "clashing:clash"]) == 2
+    assert "conflicting option string: --seed" in capsys.readouterr().err
+
+
+def test_a_file_of_ones_own(outside, checkpoint, model, tmp_path):
+    """It is asked for by its name, on the command line and in an experiment's method."""
+    seen = []
+
+    def build(given):
+        seen.append(given.files)
+        return sj.NgramDrafter(given.tree or sj.Tree.chain(1))
+
+    register_drafter("mine", build, files={"notes": "a text file"})
+    build_drafter("mine", model, files={"notes": "a.txt", "heads": None})
+    assert seen == [{"notes": "a.txt"}]
+    with pytest.raises(sj.ConfigError, match=r"mine needs notes \(a text file\); name it \(--notes\)"):
+        build_drafter("mine", model)
+    assert Method("m", drafter="mine", files={"notes": "a.txt"}).drafts_with == "mine"
+    assert Method("m", files={"notes": "a.txt"}).drafts_with == "mine"
+    command = ["generate", "--model", str(checkpoint), "--prompt", "hi", "--max-new-tokens", "5"]
+    assert main([*command, "--notes", "b.txt"]) == 0
+    assert seen[-1] == {"notes": "b.txt"}
+    with pytest.raises(sj.ConfigError, match="notes is for the drafter mine"):
+        assert Method("m", drafter="ngram", files={"notes": "a.txt"}).drafts_with
 
 
 EXPERIMENT = """
@@ -95,8 +163,6 @@ def test_a_registered_drafter_is_known_everywhere(outside):
     ):
         with pytest.raises(sj.ConfigError, match=message):
             register_drafter(wrong, lambda given: None)
-    with pytest.raises(sj.ConfigError, match="needs 'adapters'"):
-        register_drafter("other", lambda given: None, needs=("adapters",))
     with pytest.raises(sj.TreeError):
         register_drafter("other", lambda given: None, default_tree="no tree")
     with pytest.raises(sj.ConfigError, match=r"no drafter 'eagle'; expected none, or one or more of .*mine"):

@@ -82,7 +82,7 @@ def autoregressive(answers):
 @pytest.mark.parametrize(("name", "tree"), GREEDY, ids=lambda text: text)
 def test_greedy_output_is_autoregressive(smollm2, answers, autoregressive, fast, name, tree):
     heads, draft = "smollm2-135m-instruct", "smollm2-draft"
-    drafter = build_drafter(name, smollm2, tree=tree, heads=heads, draft_model=draft)
+    drafter = build_drafter(name, smollm2, tree=tree, files={"heads": heads, "draft_model": draft})
     rounds = 0
     for ours, theirs in zip(answers(drafter), autoregressive, strict=True):
         np.testing.assert_array_equal(ours.tokens, theirs.tokens)
@@ -106,7 +106,7 @@ def test_the_shipped_heads_know_more_than_the_lm_head_that_they_began_as(smollm2
 @pytest.mark.parametrize("number", [0, 20, 39])
 def test_alone_as_in_the_batch(smollm2, prompts, autoregressive, number):
     """The loop that `generate` compiles, on a short, a middling and a long prompt."""
-    drafter = build_drafter("medusa", smollm2, tree="cartesian:3,1", heads="smollm2-135m-instruct")
+    drafter = build_drafter("medusa", smollm2, tree="cartesian:3,1", files={"heads": "smollm2-135m-instruct"})
     request = {"max_new_tokens": 128, "capacity": 448}
     for one in (None, drafter):
         out = sj.generate(smollm2, prompts[number], drafter=one, **request)

@@ -121,12 +121,12 @@ def test_bench_refuses_sizes_that_do_not_rise(checkpoint, tmp_path, capsys):
 def test_a_tree_for_other_heads_is_pointed_out(checkpoint, ranks, tmp_path, recwarn):
     file, model = tmp_path / "tree.json", sj.load_model(checkpoint)
     assert main(["tree", "optimise", "--ranks", str(ranks), "--nodes", "3", "--save", str(file)]) == 0
-    build_drafter("medusa", model, tree=str(file), heads=str(checkpoint / "heads"))
-    build_drafter("medusa", model, tree="chain:2", heads=str(checkpoint / "heads"))
+    build_drafter("medusa", model, tree=str(file), files={"heads": str(checkpoint / "heads")})
+    build_drafter("medusa", model, tree="chain:2", files={"heads": str(checkpoint / "heads")})
     assert not [one for one in recwarn if "searched for other heads" in str(one.message)]
     sj.save_heads(tmp_path / "other.safetensors", noisy_heads(model, 2))
     with pytest.warns(UserWarning, match="searched for other heads"):
-        build_drafter("medusa", model, tree=str(file), heads=str(tmp_path / "other.safetensors"))
+        build_drafter("medusa", model, tree=str(file), files={"heads": str(tmp_path / "other.safetensors")})
 
 
 def test_a_tree_saved_by_name_is_simulated_and_shown_by_name(ranks, tmp_path, capsys, monkeypatch):

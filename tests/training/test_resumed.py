@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 from conftest import noisy_heads, tiny_config, tiny_model
 
+import specjax as sj
 from specjax.corpus.conversation import Conversation
 from specjax.corpus.features import with_features
 from specjax.loading import checkpoint
 from specjax.training.draft import DraftConfig, DraftDistillation, reduced_map
 from specjax.training.lora import LoraConfig
+from specjax.training.mesh import MeshConfig
+from specjax.training.objective import Objective
 from specjax.training.packed_medusa import PackedMedusa, PackedMedusaConfig
 from specjax.training.run import train
 
@@ -91,3 +94,44 @@ def test_a_resumed_run_equals_an_uninterrupted_one(name, tmp_path):
     assert len({record["loss"] for record in log if "loss" in record}) == STEPS
     for ours, theirs in zip(leaves(resumed), leaves(whole), strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_run_holds_its_state_once(name, tmp_path):
+    """Parameters, their average, two moments and the gradients that are gathered, beside what the objective places."""
+    objective = OBJECTIVES[name]()
+    params = jax.eval_shape(objective.initial)
+    shape = max((leaf.shape for leaf in jax.tree.leaves(params)), key=np.prod)
+    copies = 5 * sum(leaf.shape == shape for leaf in jax.tree.leaves(params))
+
+    def held():
+        return sum(array.shape == shape and array.dtype == np.float32 for array in jax.live_arrays())
+
+    before, during = held(), []
+    placed = objective.constants(MeshConfig(1, 1).build())
+    constants = held() - before
+    del placed
+
+    def first(record):  # before Orbax, which holds what it writes
+        during.append(held())
+        raise CutError
+
+    with pytest.raises(CutError):
+        train(objective, tmp_path, report=first)
+    assert during == [before + constants + copies]
+
+
+def test_a_half_written_objective_is_refused(tmp_path):
+    class Half(Objective):
+        settings = DraftConfig(**EVERY)
+        score = "acceptance"
+
+        @property
+        def steps(self):
+            return 8
+
+    with pytest.raises(sj.ConfigError, match=r"is no Objective: it lacks amounts, batches, check, .*, trained\."):
+        train(Half(), tmp_path)
+    with pytest.raises(sj.ConfigError, match="is a class; pass an instance"):
+        train(Half, tmp_path)
+    assert not list(tmp_path.iterdir())

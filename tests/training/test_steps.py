@@ -21,7 +21,7 @@ import safetensors.numpy
 import specjax as sj
 from specjax.loading import checkpoint
 from specjax.training import identity
-from specjax.training.steps import LOG, Placement, best_state, run_steps
+from specjax.training.steps import LOG, best_state, run_steps
 
 TRAIN = """
 import sys
@@ -104,7 +104,7 @@ numbers = grain.MapDataset.range(9).map(lambda i: {"x": np.float32(i)}).to_iter_
 def run(directory, settings):
     try:
         run_steps(
-            lambda state, batch: (state, {"loss": batch["x"]}), {"sum": jnp.zeros(())}, numbers,
+            lambda state, batch: (state, {"loss": batch["x"]}), lambda: {"sum": jnp.zeros(())}, numbers,
             steps=6, directory=directory, checkpoint_every=3, settings=settings,
         )
     except CheckpointError as error:
@@ -118,7 +118,7 @@ run(root / ("begun" if process else "new"), {"text": 0})
 @pytest.mark.full
 def test_hosts_with_other_text_or_checkpoints_are_refused(tmp_path):
     """By all of them, before the first step."""
-    run_steps(add, START, counting(), steps=3, directory=tmp_path / "begun", checkpoint_every=3, settings={"text": 0})
+    run_steps(add, start, counting(), steps=3, directory=tmp_path / "begun", checkpoint_every=3, settings={"text": 0})
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{free.getsockname()[1]}"
@@ -205,13 +205,14 @@ def add(state, batch):
     return {"sum": state["sum"] + batch["x"]}, {"loss": batch["x"]}
 
 
-START = {"sum": jnp.zeros(())}
+def start():
+    return {"sum": jnp.zeros(())}
 
 
 def test_the_log_and_the_final_state(tmp_path):
     seen = []
     state, log = run_steps(
-        add, START, counting(), steps=25, directory=tmp_path, checkpoint_every=10,
+        add, start, counting(), steps=25, directory=tmp_path, checkpoint_every=10,
         evaluate=lambda state: {"sum": float(state["sum"])}, report=seen.append,
     )  # fmt: skip
     assert float(state["sum"]) == sum(range(25))
@@ -219,8 +220,7 @@ def test_the_log_and_the_final_state(tmp_path):
     assert [(r["step"], r["eval"]["sum"]) for r in seen] == [(0, 0), (10, 45), (20, 190), (25, 300)]
     assert [json.loads(line) for line in (tmp_path / LOG).read_text().splitlines()] == log
     assert checkpoint.latest(tmp_path / "checkpoints") == 25
-    assert float(START["sum"]) == 0
-    further, longer = run_steps(add, START, counting(), steps=30, directory=tmp_path, checkpoint_every=10)
+    further, longer = run_steps(add, start, counting(), steps=30, directory=tmp_path, checkpoint_every=10)
     assert float(further["sum"]) == sum(range(30))
     assert len([r for r in longer if "loss" in r]) == 30
 
@@ -229,11 +229,11 @@ def test_a_bad_loss_keeps_the_last_good_checkpoint(tmp_path):
     bad = counting().map(lambda row: {"x": np.float32(np.nan) if row["x"] == 14 else row["x"]})
     saved = r"loss of step 15 is nan; the last state that was saved is step 10's, in .*checkpoints\. .*another --output"
     with pytest.raises(sj.DataError, match=saved):
-        run_steps(add, START, bad, steps=30, directory=tmp_path, checkpoint_every=10)
+        run_steps(add, start, bad, steps=30, directory=tmp_path, checkpoint_every=10)
     assert checkpoint.latest(tmp_path / "checkpoints") == 10
     with pytest.raises(sj.DataError, match=saved):  # found there by a run that goes on
-        run_steps(add, START, bad, steps=30, directory=tmp_path, checkpoint_every=10)
-    state, _ = run_steps(add, START, counting(), steps=20, directory=tmp_path, checkpoint_every=10)
+        run_steps(add, start, bad, steps=30, directory=tmp_path, checkpoint_every=10)
+    state, _ = run_steps(add, start, counting(), steps=20, directory=tmp_path, checkpoint_every=10)
     assert float(state["sum"]) == sum(range(20))
 
 
@@ -241,20 +241,22 @@ def test_a_bad_loss_before_the_first_checkpoint(tmp_path):
     """There is no state to point to, and with nothing kept other settings may take the same directory."""
     bad = counting().map(lambda row: {"x": np.float32(np.nan) if row["x"] == 4 else row["x"]})
     with pytest.raises(sj.DataError, match=r"loss of step 5 is nan; nothing had been saved.*begin again") as refused:
-        run_steps(add, START, bad, steps=30, directory=tmp_path, checkpoint_every=10, settings={"rate": 0.2})
+        run_steps(add, start, bad, steps=30, directory=tmp_path, checkpoint_every=10, settings={"rate": 0.2})
     assert "checkpoints" not in str(refused.value)
-    again = run_steps(add, START, counting(), steps=5, directory=tmp_path, checkpoint_every=5, settings={"rate": 0.1})
+    again = run_steps(add, start, counting(), steps=5, directory=tmp_path, checkpoint_every=5, settings={"rate": 0.1})
     assert float(again.state["sum"]) == sum(range(5))
 
 
 def test_refusals(tmp_path):
     with pytest.raises(sj.DataError, match="ended after 7 of 9"):
-        run_steps(add, START, counting(7), steps=9, directory=tmp_path / "a", checkpoint_every=3)
-    run_steps(add, START, counting(), steps=9, directory=tmp_path / "b", checkpoint_every=3)
+        run_steps(add, start, counting(7), steps=9, directory=tmp_path / "a", checkpoint_every=3)
+    run_steps(add, start, counting(), steps=9, directory=tmp_path / "b", checkpoint_every=3)
     with pytest.raises(sj.CheckpointError, match="at step 9, past the 5"):
-        run_steps(add, START, counting(), steps=5, directory=tmp_path / "b", checkpoint_every=3)
+        run_steps(add, start, counting(), steps=5, directory=tmp_path / "b", checkpoint_every=3)
     with pytest.raises(sj.CheckpointError, match="does not fit"):
-        run_steps(add, {"sum": jnp.zeros(3)}, counting(), steps=12, directory=tmp_path / "b", checkpoint_every=3)
+        run_steps(
+            add, lambda: {"sum": jnp.zeros(3)}, counting(), steps=12, directory=tmp_path / "b", checkpoint_every=3
+        )
 
 
 def test_a_run_goes_on_only_with_what_it_was_begun_with(tmp_path):
@@ -262,7 +264,7 @@ def test_a_run_goes_on_only_with_what_it_was_begun_with(tmp_path):
 
     def run(steps, settings, directory=tmp_path / "run"):
         return run_steps(
-            add, START, counting(), steps=steps, directory=directory, checkpoint_every=3, settings=settings
+            add, start, counting(), steps=steps, directory=directory, checkpoint_every=3, settings=settings
         )
 
     run(3, begun)
@@ -305,24 +307,24 @@ def disk_with(size):
 )
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, size, what):
     """The weights do not fit, or not even the log."""
-    start = {"sum": jax.random.normal(jax.random.key(0), (20_000,))}  # 80 kB that do not compress
+    vector = {"sum": jax.random.normal(jax.random.key(0), (20_000,))}  # 80 kB that do not compress
 
     def run(steps):
-        return run_steps(add, start, counting(), steps=steps, directory=tmp_path, checkpoint_every=3)
+        return run_steps(add, lambda: vector, counting(), steps=steps, directory=tmp_path, checkpoint_every=3)
 
     run(3)
     with disk_with(size), pytest.raises(sj.CheckpointError, match=f"{what}.*is the disk full"):
         run(6)
     assert checkpoint.latest(tmp_path / "checkpoints") == 3
     state, log = run(6)
-    np.testing.assert_allclose(state["sum"], start["sum"] + sum(range(6)), rtol=1e-6)
+    np.testing.assert_allclose(state["sum"], vector["sum"] + sum(range(6)), rtol=1e-6)
     assert [r["loss"] for r in log] == list(range(6))
 
 
 def test_the_best_checkpoint_stays_beside_the_newest(tmp_path):
     def run(steps):
         return run_steps(
-            add, START, counting(), steps=steps, directory=tmp_path, checkpoint_every=1, keep=2,
+            add, start, counting(), steps=steps, directory=tmp_path, checkpoint_every=1, keep=2,
             evaluate=lambda state: {"sum": float(state["sum"])}, score=lambda e: -abs(e["sum"] - 6.0),
         )  # fmt: skip
 
@@ -331,7 +333,7 @@ def test_the_best_checkpoint_stays_beside_the_newest(tmp_path):
     state, _ = run(9)  # after a restart the old best one is still known
     assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == [4, 8, 9]
     assert float(best_state(tmp_path, state, counting())["sum"]) == 6.0
-    run_steps(add, START, counting(), steps=1, directory=tmp_path / "x", checkpoint_every=1)
+    run_steps(add, start, counting(), steps=1, directory=tmp_path / "x", checkpoint_every=1)
     with pytest.raises(sj.CheckpointError, match="has a score; evaluate while training"):
         best_state(tmp_path / "x", state, counting())
 
@@ -353,8 +355,8 @@ def test_placement_and_amounts(tmp_path):
 
     def run(steps):
         return run_steps(
-            add, START, counting(), steps=steps, directory=tmp_path, checkpoint_every=2, per_step={"tokens": 64},
-            monitor=Watch(), placement=Placement(put, put),
+            add, lambda: put(start()), counting(), steps=steps, directory=tmp_path, checkpoint_every=2,
+            per_step={"tokens": 64}, monitor=Watch(), place=put,
         )  # fmt: skip
 
     state, log = run(2)

@@ -264,7 +264,7 @@ def test_going_on_from_heads(target, experiment, alone, tmp_path, capsys, monkey
     with pytest.warns(
         UserWarning, match="name as the model the folder 'backbone' .* With this one fewer drafts are accepted"
     ):
-        build_drafter("medusa", sj.load_model(target), heads=str(tmp_path / "two" / "heads.safetensors"))
+        build_drafter("medusa", sj.load_model(target), files={"heads": str(tmp_path / "two" / "heads.safetensors")})
 
     run = ["run", str(experiment), *other]
     (tmp_path / "two" / "result.json").unlink()  # a run that was stopped, gone on with as if from the LM head
