@@ -22,7 +22,7 @@ help:
 	@echo "make test-full  lint, type check and all tests: kills, hosts, meshes, parity, 40 prompts of 128 tokens"
 	@echo "make lint    ruff and mypy alone"
 	@echo "make bench   time a round against the size of the tree on this machine"
-	@echo "make records  make the tables of experiments/records and docs/results.md anew"
+	@echo "make records  make the tables of the records anew; with RESULT=FILE add that result.json first"
 	@echo "make figures  draw the README's figure anew"
 	@echo "make docs    build the documentation into site/"
 	@echo "make notebooks  execute the notebooks and store their figures"
@@ -68,7 +68,7 @@ bench: $(VENV)/run
 	$(BIN)/specjax run experiments/round_time_smollm2.py
 
 records: $(VENV)/run
-	$(BIN)/python -m specjax.report.records
+	$(BIN)/python -m specjax.report.records $(RESULT)
 
 figures: $(VENV)/run
 	$(BIN)/python -m specjax.report.headline

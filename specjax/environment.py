@@ -69,14 +69,25 @@ def cpu(info: str | None = None) -> dict[str, Any]:
     }
 
 
-def machine_name(recorded: Mapping[str, Any]) -> str:
-    """A short name for the machine of an `environment`, such as "zen4" or "sapphire-rapids-amx": for names of files."""
+def machine(recorded: Mapping[str, Any]) -> str:
+    """The CPU of an `environment` in words, such as "AMD EPYC Zen 4" or "Intel Xeon Sapphire Rapids with AMX"; as it
+    was said beside the record where the run did not write it down; "not said"."""
     found = recorded.get("cpu")
     if not isinstance(found, Mapping):
-        return str((recorded.get("machine") or {}).get("name") or "unnamed")
-    name = re.sub(r"^Zen (\d)", r"Zen\1", found.get("microarchitecture") or found.get("model") or "unnamed")
-    amx = "-amx" if "amx_bf16" in found.get("flags", ()) else ""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + amx
+        return str((recorded.get("machine") or {}).get("name") or "not said")
+    model = re.sub(r"\((R|TM)\)|\bCPU\b|\bProcessor\b|@.*|\b\d+-Core\b", "", found.get("model") or "")
+    known = found.get("microarchitecture")
+    words = [*model.split(), *([known] if known and known not in model else [])]
+    if "Intel" in words:
+        words.append("with AMX" if "amx_bf16" in found.get("flags", ()) else "without AMX")
+    return " ".join(words) or "not said"
+
+
+def machine_name(recorded: Mapping[str, Any]) -> str:
+    """`machine` short, for names of files: "zen4", "xeon-sapphire-rapids-amx"."""
+    words = machine(recorded).lower().replace("not said", "unnamed")
+    words = re.sub(r"^(amd epyc (?=zen)|amd |intel )|without amx$|with (?=amx$)", "", words)
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\bzen (\d)", r"zen\1", words)).strip("-")
 
 
 def _microarchitecture(fields: Mapping[str, str]) -> str | None:

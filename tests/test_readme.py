@@ -12,6 +12,7 @@ import pytest
 
 import specjax as sj
 from specjax.cli.main import main
+from specjax.report.records import Record, spread
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -45,19 +46,30 @@ def test_what_it_links_to_is_there():
 
 
 def test_its_figures_are_those_of_the_records():
-    table = (ROOT / "experiments" / "records" / "smollm2_medusa" / "README.md").read_text()
-    rows = [
-        row.split(" | ")
-        for row in README.split("same output |\n")[1].splitlines()
-        if row.startswith("| ") and "of 10" in row
-    ]
+    """Every row is of the record that it links to, and says the machine that it was made on."""
+    rows = [row.split(" | ") for row in README.splitlines() if row.startswith("| [")]
     assert len(rows) == 6
-    for row in rows:
-        rounds, accepted = re.match(r"([\d.]+) \(([\d.]+)\)", row[3]).groups()
-        nodes, same = row[1].split(", ")[1], row[5].removesuffix(" |")
-        assert re.search(
-            rf"\| {row[2]} \| {nodes} \| 0.0 \| {rounds} \| {accepted} \| {re.escape(row[4])} \| .*\| {same} \|", table
-        )
+    for place, drafts, dtype, rounds, speedup, faster, same in rows:
+        label, link = re.match(r"\| \[(.*)\]\((.*)\)$", place).groups()
+        record = Record(Path(link).stem, json.loads((ROOT / link).read_text()))
+        assert record.machine in {
+            f"AMD EPYC {label}",
+            f"Intel {label}",
+            f"AMD EPYC {label.removesuffix(', earlier heads')}",
+        }
+        assert ("first-heads" in record.name) == label.endswith(", earlier heads")
+        assert record.result["prompts"] == 10
+        name, nodes = drafts.split(", ")
+        key = {"n-grams + Medusa": "ngram+medusa", "Medusa": "medusa"}[name]
+        (method,) = [m for m in record.result["methods"] if m["dtype"] == dtype and m["name"] in (key, f"{key}_bf16")]
+        assert str(method["tree_nodes"]) == nodes
+        assert rounds == f"{method['tokens_per_round']:.2f} ({method['accepted_per_round']:.2f})"
+        assert speedup == spread(method["speedup"])
+        # Of none there, no other dtype is faster.
+        fastest = method.get("speedup_over_fastest_autoregressive") or method["speedup"]
+        assert faster == f"{fastest['median']:.2f}"
+        found = method["identical_to_autoregressive"]
+        assert same == f"{found['same']} of {found['of']} |"
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 import specjax as sj
-from specjax.environment import cpu, environment, machine_name
-from specjax.report.records import load_records, pages
+from specjax.environment import cpu, environment, machine, machine_name
+from specjax.report.records import add, load_records, pages
 
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = sorted((ROOT / "experiments").glob("*.py"))
@@ -71,7 +71,7 @@ GRAVITON = "processor: 0\nFeatures: fp asimd bf16 sve\nCPU part: 0xd40"
     ("info", "known", "flags", "name"),
     [
         (ZEN3, "Zen 3", ["fma", "avx2"], "zen3"),
-        (RAPIDS, "Sapphire Rapids", ["fma", "avx2", "avx512f", "amx_bf16"], "sapphire-rapids-amx"),
+        (RAPIDS, "Sapphire Rapids", ["fma", "avx2", "avx512f", "amx_bf16"], "xeon-sapphire-rapids-amx"),
         (GRAVITON, None, ["asimd", "sve", "bf16"], None),
         ("", None, [], None),
     ],
@@ -82,6 +82,40 @@ def test_the_cpu_is_named(info, known, flags, name):
     assert found["model"]
     if name is not None:
         assert machine_name({"cpu": found}) == name
+
+
+def test_machines_have_one_name_each():
+    """In tables and in names of files, whether a run wrote its CPU down or somebody said it."""
+    rapids, plain = cpu(RAPIDS), cpu(RAPIDS.replace("amx_bf16", ""))
+    assert machine({"cpu": cpu(ZEN3)}) == machine({"machine": {"name": "AMD EPYC Zen 3"}}) == "AMD EPYC Zen 3"
+    assert machine({"cpu": rapids}) == "Intel Xeon Sapphire Rapids with AMX"
+    assert machine_name({"cpu": plain}) == "xeon-sapphire-rapids"
+    for said, name in (
+        ("AMD EPYC Zen 4", "zen4"),
+        ("Intel Xeon with AMX", "xeon-amx"),
+        ("Intel Xeon without AMX", "xeon"),
+        (None, "unnamed"),
+    ):
+        assert machine_name({"machine": {"name": said}}) == name
+    named = cpu(ZEN3.replace("AMD EPYC", "AMD EPYC 7763 64-Core Processor"))
+    assert machine_name({"cpu": named}) == "epyc-7763-zen3"
+
+
+def test_records_are_named_by_what_they_say():
+    for folder in (ROOT / "experiments" / "records").iterdir():
+        for record in load_records(folder) if folder.is_dir() else ():
+            assert record.name.startswith(f"{machine_name(record.result['environment'])}-{record.date}")
+
+
+def test_a_result_is_added(tmp_path):
+    result = {"experiment": "mine", "environment": {"date": "2026-12-01T10:00:00+00:00", "cpu": cpu(ZEN3)}}
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    names = [add(tmp_path / "result.json", tmp_path).relative_to(tmp_path / "experiments" / "records") for _ in "ab"]
+    assert list(map(str, names)) == ["mine/zen3-2026-12-01.json", "mine/zen3-2026-12-01-2.json"]
+    assert json.loads((tmp_path / "experiments/records/mine/zen3-2026-12-01-2.json").read_text()) == result
+    (tmp_path / "result.json").write_text("[]")
+    with pytest.raises(sj.DataError, match=r"is no result\.json of an experiment"):
+        add(tmp_path / "result.json", tmp_path)
 
 
 def test_the_environment_says_where_and_when():

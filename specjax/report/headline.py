@@ -26,21 +26,22 @@ def headline(drafters: Record, searches: list[Record]) -> Figure:
         left.barh(
             row, method["tokens_per_round"], 0.66, **drafter_style(method["name"], method["tree_nodes"], "float32")
         )
-        told = f"{method['tokens_per_round']:.2f}"
+        told = f"{method['tokens_per_round']:.2f} ({method['accepted_per_round']:.2f})"
         left.annotate(
             told, (method["tokens_per_round"], row), (4, 0), textcoords="offset points", va="center", fontsize=8
         )
     left.set_yticks(range(len(methods)), [wrapped(f"{m['name']}, {m['tree_nodes']}") for m in methods], fontsize=8)
     left.set_ylim(len(methods) - 0.5, -0.5)
-    left.set_xlim(0, 2)
-    left.set_xlabel(f"tokens per round, greedy, {drafters.result['prompts']} prompts", fontsize=9)
+    left.set_xlim(0, 2.2)
+    left.set_xticks([0, 0.5, 1, 1.5, 2])
+    left.set_xlabel(f"tokens per round (of them drafts), greedy, {drafters.result['prompts']} prompts", fontsize=9)
     left.set_title("What a target forward commits (drafter, nodes)", loc="left", fontsize=10)
     right.axhline(1.0, color=INK, lw=1, label="autoregressive, same dtype")
     for record, colour, mark in zip(searches, (BLUE, "#e08a1e"), ("o", "s"), strict=True):
         rows = [row for row in record.result["measured"] if "speedup" in row]
         nodes, found = [row["tree_nodes"] for row in rows], [row["speedup"] for row in rows]
         config = record.result["config"]
-        label = f"{record.machine}, {config.get('dtype', 'float32')}"
+        label = f"{record.machine}, {config.get('dtype', 'float32')}, {record.result['prompts']} prompts"
         if "first-heads" in record.name:
             label += ", earlier heads"
         right.plot(nodes, [s["median"] for s in found], color=colour, marker=mark, ms=5, label=label)

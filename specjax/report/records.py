@@ -1,15 +1,18 @@
 """Records of experiments as tables: `experiments/records/NAME/MACHINE-DATE.json` in, Markdown out.
 
-`make records` writes a README beside every experiment's records, an index above them, and docs/results.md. Nothing in a
-table stands anywhere but in the data.
+`make records` writes a README beside every experiment's records, an index above them, and docs/results.md; before that
+`make records RESULT=results/.../result.json` puts a result among them. Nothing in a table stands anywhere but in the
+data.
 """
 
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from specjax.environment import machine, machine_name
 from specjax.errors import DataError
 
 Cell = str | int | float | None
@@ -25,11 +28,7 @@ class Record(NamedTuple):
     @property
     def machine(self) -> str:
         """The CPU, as the run wrote it down or as it was said beside the record."""
-        environment = self.result["environment"]
-        cpu = environment.get("cpu")
-        if isinstance(cpu, Mapping):
-            return str(cpu.get("microarchitecture") or cpu.get("model"))
-        return str(environment.get("machine", {}).get("name") or "not said")
+        return machine(self.result["environment"])
 
     @property
     def date(self) -> str:
@@ -98,6 +97,14 @@ def _decoded(records: Sequence[Record]) -> str:
     return markdown(columns, rows)
 
 
+def _rounds(found: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """Tokens and accepted drafts per round: one more token than drafts, in every round that is simulated."""
+    tokens = found.get("tokens_per_round")
+    if tokens is None:
+        return None, None
+    return f"{tokens:.2f}", f"{found.get('accepted_per_round', tokens - 1):.2f}"
+
+
 def _trained(records: Sequence[Record]) -> str:
     rows: list[Sequence[Cell]] = []
     for record in records:
@@ -105,12 +112,15 @@ def _trained(records: Sequence[Record]) -> str:
             found = entry["eval"]
             top1 = found.get("accuracy", {}).get("top1")
             accuracy = " ".join(f"{share:.3f}" for share in top1) if top1 else f"{found.get('acceptance', 0.0):.3f}"
-            rows.append((record.name, record.machine, entry["step"], accuracy, found.get("tokens_per_round")))
+            rows.append((record.name, record.machine, entry["step"], accuracy, *_rounds(found)))
         kept = record.result["record"]
         shares = kept["accuracy"]["top1"] if "accuracy" in kept else [kept["acceptance"]]
         told = " ".join(f"{share:.3f}" for share in shares)
-        rows.append((record.name, record.machine, "exported", told, kept.get("tokens_per_round")))
-    return markdown(("record", "machine", "step", "top-1 by head (a draft: acceptance)", "tokens per round"), rows)
+        rows.append((record.name, record.machine, "exported", told, *_rounds(kept)))
+    columns = (
+        "record", "machine", "step", "top-1 by head (a draft: acceptance)", "tokens per round", "accepted per round",
+    )  # fmt: skip
+    return markdown(columns, rows)
 
 
 def _searched(records: Sequence[Record]) -> str:
@@ -120,13 +130,14 @@ def _searched(records: Sequence[Record]) -> str:
         for row in record.result["measured"]:
             nodes = row.get("tree_nodes", row.get("nodes"))
             told = walk.get(nodes, {})
-            row_of_texts = [f"{told[k]:.3f}" if k in told else None for k in ("searched", "checked")]
+            row_of_texts = [f"{told[k]:.2f}" if k in told else None for k in ("searched", "checked")]
             speeds = spread(row.get("tokens_per_second"), ".1f"), spread(row.get("speedup"))
-            decoded = f"{row['tokens_per_round']:.3f}"
-            rows.append((record.name, record.machine, nodes, *row_of_texts, decoded, *speeds))
+            decoded = f"{row['tokens_per_round']:.2f}", f"{row['accepted_per_round']:.2f}"
+            prompts = record.result["prompts"]
+            rows.append((record.name, record.machine, nodes, *row_of_texts, *decoded, *speeds, prompts))
     columns = (
         "record", "machine", "nodes", "tokens per round, searched text", "on the checked text", "decoded",
-        "tokens per second", "speed-up",
+        "accepted per round", "tokens per second", "speed-up", "prompts",
     )  # fmt: skip
     return markdown(columns, rows)
 
@@ -201,9 +212,32 @@ def pages(root: Path) -> dict[Path, str]:
     return made
 
 
+def add(result: Path, root: Path) -> Path:
+    """Copies a result.json to experiments/records/NAME/MACHINE-DATE.json below `root`, with a number if there is one.
+
+    Raises:
+      DataError: no result, or one that does not say what it is of, when and on what machine.
+    """
+    try:
+        found = json.loads(result.read_text("utf-8"))
+        name, environment = found["experiment"], found["environment"]
+        date = environment["date"][:10]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{result} is no result.json of an experiment ({error!r}); name one.") from error
+    folder, stem = root / "experiments" / "records" / name, f"{machine_name(environment)}-{date}"
+    folder.mkdir(parents=True, exist_ok=True)
+    names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+    path = next(path for name in names if not (path := folder / f"{name}.json").exists())
+    path.write_text(json.dumps(found, indent=2) + "\n", "utf-8")
+    return path
+
+
 def main() -> None:
-    """Writes the pages below the folder that is named, or this one."""
-    for path, text in pages(Path(sys.argv[1] if sys.argv[1:] else ".").resolve()).items():
+    """Adds the results that are named, and writes the pages, below this folder."""
+    root = Path().resolve()
+    for result in map(Path, sys.argv[1:]):
+        print(f"wrote {add(result, root)}")
+    for path, text in pages(root).items():
         path.write_text(text, "utf-8")
 
 

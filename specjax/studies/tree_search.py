@@ -108,6 +108,7 @@ class TreeSearch:
             "experiment": self.name,
             "config": asdict(self),
             "environment": place,
+            "prompts": len(requests),
             "text": {"searched": dict(searched.manifest), "checked": dict(checked.manifest)},
             "rows": rows,
             "error_on_same_kind": same_kind,
