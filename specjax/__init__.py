@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from specjax.drafters.hybrid import HybridDrafter
     from specjax.drafters.medusa import MedusaDrafter
     from specjax.drafters.ngram import NgramDrafter
-    from specjax.drafters.registry import DrafterOption, register_drafter
+    from specjax.drafters.registry import DrafterOption, Ingredients, register_drafter
     from specjax.errors import CheckpointError, ConfigError, DataError, PromptError, SpecJaxError, TreeError
     from specjax.heads import Heads, MedusaConfig
     from specjax.loading.head_files import load_heads, save_heads
@@ -62,6 +62,7 @@ _HOMES = {
     "load_draft": "specjax.loading.load",
     "load_heads": "specjax.loading.head_files",
     "load_model": "specjax.loading.load",
+    "Ingredients": "specjax.drafters.registry",
     "register_drafter": "specjax.drafters.registry",
     "save_heads": "specjax.loading.head_files",
     "stream": "specjax.decode",
@@ -80,6 +81,7 @@ __all__ = [
     "Greedy",
     "Heads",
     "HybridDrafter",
+    "Ingredients",
     "MedusaConfig",
     "MedusaDrafter",
     "Model",

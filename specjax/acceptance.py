@@ -199,17 +199,17 @@ class Typical:
 
 
 def acceptance_for(
-    temperature: float = 0.0, top_k: int | None = None, top_p: float = 1.0, *, typical: bool = False
+    temperature: float | None = None, top_k: int | None = None, top_p: float = 1.0, *, typical: bool = False
 ) -> Greedy | Sample | Typical:
     """The rule that settings ask for, as the command line, experiments and text generation give them.
 
-    Greedy at temperature 0 and sampling above; or typical acceptance, at its own temperature where none is given.
+    Greedy at temperature 0 or none, and sampling above; or typical acceptance, which has one of its own for none.
 
     Raises:
       ConfigError: a parameter outside its range, or one that the rule does not have.
     """
     if typical:
         Sampling(1.0, top_k, top_p).refuse_warping("typical acceptance has none: choose one of the two")
-        return Typical(temperature) if temperature else Typical()
-    sampling = Sampling(temperature, top_k, top_p)
-    return Sample(temperature, top_k, top_p) if sampling.temperature else Greedy()
+        return Typical() if temperature is None else Typical(temperature)
+    sampling = Sampling(temperature or 0.0, top_k, top_p)
+    return Sample(sampling.temperature, top_k, top_p) if sampling.temperature else Greedy()

@@ -190,6 +190,7 @@ def test_generate_prints_the_text_and_the_statistics(checkpoint, capsys):
         (["--drafter", "ngram", "--max-n", "1", "--min-n", "2"], "min_n is 2 and max_n 1"),
         (["--top-k", "3"], "top_k 3 and top_p 1.0 shape sampling, but greedy decoding has none"),
         (["--top-p", "0.9", "--drafter", "ngram", "--typical"], "typical acceptance has none"),
+        (["--temperature", "0", "--drafter", "ngram", "--typical"], "temperature is 0.0"),
     ],
 )
 def test_generate_refuses_in_one_line(checkpoint, capsys, extra, message):
@@ -316,7 +317,9 @@ def test_methods_say_how_they_accept():
     assert Method("a", temperature=0.7, top_p=0.9, top_k=5).acceptance == sj.Sample(0.7, 5, 0.9)
     assert Method("a", temperature=0.7, typical=True).acceptance == sj.Typical(0.7)
     assert Method("a", typical=True).acceptance == sj.Typical() == sj.Typical(0.7)  # as on the command line
-    for settings in ({"top_k": 5}, {"top_p": 0.9, "temperature": 1.0, "typical": True}):
+    assert Method("a", temperature=0.0).acceptance == sj.Greedy()
+    typical = {"temperature": 1.0, "typical": True}
+    for settings in ({"top_k": 5}, {"top_p": 0.9, **typical}, {**typical, "temperature": 0.0}):
         with pytest.raises(sj.ConfigError):
             _ = Method("a", **settings).acceptance
 

@@ -118,11 +118,15 @@ def _model_options(
         help="default bfloat16, which reads half the bytes; drafting leaves the output exactly as it is only in "
         "float32, because in bfloat16 near-ties can flip",
     )
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy; above: sampling the target's law")
+    parser.add_argument("--temperature", type=float, help="0 or none: greedy; above: sampling the target's law")
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--top-k", type=int)
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
-    parser.add_argument("--typical", action="store_true", help="typical acceptance at that temperature (NOT lossless)")
+    parser.add_argument(
+        "--typical",
+        action="store_true",
+        help="typical acceptance at that temperature, 0.7 if none is given (NOT lossless)",
+    )
     parser.add_argument("--seed", type=int, default=0)
 
 

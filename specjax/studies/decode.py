@@ -77,10 +77,10 @@ class Method:
     draft_model: str | None = None
     files: dict[str, str] = field(default_factory=dict)  # what else a drafter of one's own needs, by name
     options: dict[str, Any] = field(default_factory=dict)  # the drafter's own, such as {"max_n": 4} of n-grams
-    temperature: float = 0.0  # 0: greedy; above: lossless sampling
+    temperature: float | None = None  # None or 0: greedy; above: lossless sampling
     top_p: float = 1.0
     top_k: int | None = None
-    typical: bool = False  # typical acceptance at that temperature: NOT lossless
+    typical: bool = False  # typical acceptance at that temperature, 0.7 for None: NOT lossless
 
     @property
     def all_files(self) -> dict[str, str | None]:

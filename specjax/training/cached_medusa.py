@@ -86,11 +86,7 @@ def dataset(answers: Answers, heads: Heads) -> Dataset:
         tokens that the target does not have.
     """
     config = heads.config
-    if answers.features.shape[1] != config.hidden_size:
-        raise DataError(
-            f"the features have width {answers.features.shape[1]}, the heads read {config.hidden_size}; "
-            "the data was made by another model."
-        )
+    preflight.check_width("the text", answers.features.shape[1], config.hidden_size)
     preflight.check_vocabulary("the text", answers.tokens, config.vocab_size)
     full = future_labels(answers.tokens, answers.lengths, config.num_heads)
     if not (full != IGNORED).any():

@@ -61,15 +61,22 @@ def reduced_map(frequent: Int[np.ndarray, "R"]) -> Int[np.ndarray, "R+1"]:
 
 def init_draft(key: jax.Array, config: ModelConfig, target: Params, token_map: Int[np.ndarray, "R+1"]) -> Params:
     """Random float32 parameters, but the embedding: the target's rows in their main `hidden_size` directions."""
+    _check_width(config, target)
     made = parameters.init(key, config)
     rows = np.asarray(target.unembedding, np.float32)[np.maximum(token_map, 0)]
     centred = rows - rows.mean(0)
     _, directions = np.linalg.eigh(centred.T @ centred)  # ascending
-    if config.hidden_size > rows.shape[1]:
-        raise ConfigError(f"the draft's hidden_size {config.hidden_size} exceeds the target's {rows.shape[1]}.")
     reduced = centred @ directions[:, ::-1][:, : config.hidden_size]
     reduced[token_map < 0] = 0.0
     return replace(made, embed=jnp.asarray(0.02 * reduced / reduced.std(), jnp.float32))
+
+
+def _check_width(config: ModelConfig, target: Params) -> None:
+    if config.hidden_size > (width := target.unembedding.shape[1]):
+        raise ConfigError(
+            f"the draft's hidden_size {config.hidden_size} exceeds the target's {width}, whose rows it begins with; take "
+            "a narrower one."
+        )
 
 
 class Frozen(NamedTuple):
@@ -97,7 +104,7 @@ class DraftDistillation(PackedObjective):
       token_map: of `reduced_map`.
 
     Raises:
-      ConfigError: a vocabulary of another size than the token map.
+      ConfigError: a vocabulary of another size than the token map, or a width above the target's.
     """
 
     config: ModelConfig
@@ -111,11 +118,12 @@ class DraftDistillation(PackedObjective):
             raise ConfigError(
                 f"the draft's vocab_size is {self.config.vocab_size}, its token map has {len(self.token_map)} entries."
             )
+        _check_width(self.config, self.target)
 
     def check(self, on: Mesh) -> None:
         mesh.check_rows(self.settings.batch_size, on)
         preflight.check_conversations(self.target.unembedding.shape[0], self.data, self.held_out)
-        preflight.check_features(self.data, self.held_out)
+        preflight.check_features(self.target.unembedding.shape[1], self.data, self.held_out)
         for text, what in ((self.data, "training"), (self.held_out, "evaluation")):
             preflight.check_cut(text, self.settings.length, what, ahead=1)
 

@@ -32,11 +32,21 @@ def check_conversations(size: int, *texts: Sequence[Conversation]) -> None:
         check_vocabulary(f"conversation {i}", np.concatenate([item.prompt, item.answer]), size)
 
 
-def check_features(*texts: Sequence[Conversation]) -> None:
-    """Raises DataError for a conversation whose features were not kept."""
+def check_width(what: str, width: int, expected: int) -> None:
+    """Raises DataError for features of another width than the target's."""
+    if width != expected:
+        raise DataError(
+            f"{what} has features of width {width}, the target's are {expected} wide; the data was made by another "
+            "model."
+        )
+
+
+def check_features(width: int, *texts: Sequence[Conversation]) -> None:
+    """Raises DataError for a conversation whose features were not kept, or are of another width than the target's."""
     for i, item in enumerate(item for text in texts for item in text):
         if item.features is None:
             raise DataError(f"conversation {i} has no features, which a draft learns from; make the text with them.")
+        check_width(f"conversation {i}", item.features.shape[1], width)
 
 
 def check_sayable(sayable: bool) -> None:

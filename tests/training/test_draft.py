@@ -231,6 +231,10 @@ def test_refusals(text, tmp_path):
     for pair in ((bare, data), (data, bare)):
         with pytest.raises(sj.DataError, match="has no features"):
             distil(draft_config(9), target.params, token_map, *pair, DraftConfig(), tmp_path)
+    narrow = [data[0], dataclasses.replace(data[1], features=data[1].features[:, :-1]), *data[2:]]
+    for pair in ((narrow, data), (data, narrow)):
+        with pytest.raises(sj.DataError, match=r"conversation \d+ has features of width"):
+            distil(draft_config(9), target.params, token_map, *pair, DraftConfig(), tmp_path)
     save_draft(
         tmp_path / "d",
         init_draft(jax.random.key(0), draft_config(9), target.params, token_map),
