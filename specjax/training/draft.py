@@ -74,8 +74,8 @@ def init_draft(key: jax.Array, config: ModelConfig, target: Params, token_map: I
 def _check_width(config: ModelConfig, target: Params) -> None:
     if config.hidden_size > (width := target.unembedding.shape[1]):
         raise ConfigError(
-            f"the draft's hidden_size {config.hidden_size} exceeds the target's {width}, whose rows it begins with; take "
-            "a narrower one."
+            f"the draft's hidden_size {config.hidden_size} exceeds the target's {width}, whose rows it begins with; "
+            "take a narrower one."
         )
 
 
