@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 import tokenizers
 from conftest import noisy_heads, tiered, tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rich.console import Console
+from tokenizers import decoders
 
 import specjax as sj
 from specjax.cli.terminal import Shown, show
@@ -34,6 +37,79 @@ def test_pieces_add_up_to_the_whole_text_however_it_is_cut(bytewise, seed):
     stream = TextStream(bytewise)
     pieces = [stream.push(part) for part in np.split(np.array(ids), cuts)]
     assert "".join(pieces) + stream.finish() == text == bytewise.decode(ids)
+
+
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+PIECES = ["▁Hi", "▁a", "b", ".", "▁", "▁▁", "你", "\ufffd", "ab\n"]
+DECODERS = {
+    "llama": decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    ),
+    "unigram": decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()]),
+    "metaspace": decoders.Metaspace(),
+}
+
+
+def falling_back(decoder):
+    """A tokenizer with a token for every byte, as SentencePiece's are, and special tokens."""
+    vocab = {token: i for i, token in enumerate(["<unk>", *BYTES, *PIECES])}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
+    backend.decoder = DECODERS[decoder]
+    backend.add_special_tokens(["<end>"])
+    backend.add_tokens(["<tool>"])
+    return Tokenizer(backend)
+
+
+@pytest.fixture(scope="module", params=["bytes", *DECODERS])
+def any_tokenizer(request, bytewise):
+    return bytewise if request.param == "bytes" else falling_back(request.param)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_pieces_of_any_tokens_add_up(any_tokenizer, data):
+    """Also of bytes that are no UTF-8, and of ones that a special token, which is not printed, stands between."""
+    vocab, count = any_tokenizer.backend.get_vocab(), any_tokenizer.vocab_size
+    # Few ids, so that they meet: whole characters and their parts among them.
+    parts = {vocab.get(f"<0x{byte:02X}>", byte) for byte in (*"你é🙂 ab".encode(), 0xFF)}
+    ids = data.draw(st.lists(st.sampled_from(sorted(parts)) | st.integers(0, count - 1), max_size=24))
+    whole = any_tokenizer.decode(ids)
+    for stops in ((), ("b",), ("ab", "\ufffd\ufffd", " a", "Hi")):
+        stream, rest, said = TextStream(any_tokenizer, stops), list(ids), ""
+        while rest and not stream.stopped:
+            size = data.draw(st.integers(1, 4))
+            piece, rest = rest[:size], rest[size:]
+            said += stream.push(piece)
+        said += stream.finish()
+        first = min(((whole.find(s) + len(s), whole.find(s)) for s in stops if s in whole), default=None)
+        assert stream.stopped == (first is not None)
+        assert said == (whole if first is None else whole[: first[1]])
+
+
+def test_a_bad_byte_after_a_good_character():
+    """The whole run is replaced, so that nothing of it may be shown before it ends."""
+    tokenizer = falling_back("llama")
+    tokens = ["▁Hi", "<0xE4>", "<0xBD>", "<0xA0>", "<0xFF>", "▁a", "b", "."]
+    ids = [tokenizer.backend.token_to_id(token) for token in tokens]
+    stream = TextStream(tokenizer)
+    assert [stream.push([i]) for i in ids] == ["Hi", "", "", "", "", "\ufffd\ufffd\ufffd\ufffd a", "b", "."]
+    good = TextStream(tokenizer)
+    assert [good.push([i]) for i in [*ids[:4], *ids[5:]]] == ["Hi", "", "", "", "你 a", "b", "."]
+
+
+def test_a_special_token_ends_the_text_where_it_comes():
+    tokenizer = falling_back("llama")
+    end, *ids = (tokenizer.backend.token_to_id(token) for token in ("<end>", "▁Hi", "<0xE4>", "b", "."))
+    stream = TextStream(tokenizer, ["<end>", "b."])
+    assert stream.push(ids[:2]) == "Hi"
+    assert stream.push([end, *ids[2:]]) == "\ufffd"
+    assert stream.stopped
+    assert stream.push(ids) + stream.finish() == ""
+    assert TextStream(tokenizer, ["<end>", "b."]).push([*ids, end]) == "Hi\ufffd"
+    assert TextStream(tokenizer).push([ids[0], end, ids[2]]) == "Hib"  # not asked for
+    assert TextStream(tokenizer, ["<tool>"]).push([ids[0], tokenizer.backend.token_to_id("<tool>")]) == "Hi"
+    with pytest.raises(sj.PromptError, match="holds the special token '<end>', which is never printed; use that"):
+        TextStream(tokenizer, ["b<end>"])
 
 
 def test_an_incomplete_character_is_held_back_and_shown_at_the_end(bytewise):

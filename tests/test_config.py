@@ -24,7 +24,8 @@ GGUF = {
 
 
 def test_the_same_model_from_both_formats():
-    hf, gguf = config_from_hf(LLAMA), config_from_gguf(GGUF, tied=False)
+    ids = {"tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2}  # which transformers' class has
+    hf, gguf = config_from_hf(LLAMA), config_from_gguf(GGUF | ids, tied=False)
     assert dataclasses.replace(hf, name="") == dataclasses.replace(gguf, name="")
     assert (hf.head_dim, hf.group_size, hf.qkv_bias) == (8, 2, False)
     assert config_from_hf(QWEN2).qkv_bias
@@ -39,6 +40,64 @@ def test_rope_in_old_and_new_keys():
     assert old.rope_scaling == RopeScaling("llama3", 8.0, 1.0, 4.0, 32)
     linear = config_from_hf(LLAMA | {"rope_scaling": {"type": "linear", "factor": 2}})
     assert linear.rope_scaling == RopeScaling("linear", 2.0)
+
+
+def test_the_theta_inside_wins_over_the_one_beside():
+    """As transformers 5 has it; also by layer type, and in the old name."""
+    default = {"rope_type": "default", "rope_theta": 5e5}
+    for rope in (
+        {"rope_parameters": default},
+        {"rope_parameters": {"rope_theta": 5e5}},
+        {"rope_scaling": default},
+        {"rope_scaling": default, "rope_parameters": {"rope_theta": 9.0}},
+        {"rope_scaling": {}, "rope_parameters": default},
+    ):
+        assert config_from_hf(LLAMA | {"rope_theta": 10_000} | rope).rope_theta == 5e5
+    by_layer = {"full_attention": default, "sliding_attention": {"rope_theta": 7.0}}
+    assert config_from_hf(QWEN2 | {"rope_theta": 10_000, "rope_parameters": by_layer}).rope_theta == 5e5
+    sliding = QWEN2 | WINDOWED | {"max_window_layers": 0, "rope_parameters": by_layer}
+    assert config_from_hf(sliding).rope_theta == 7.0
+    linear = {"full_attention": {"rope_type": "linear", "factor": 2.0}}
+    assert config_from_hf(QWEN2 | {"rope_theta": 3.0, "rope_parameters": linear}) == config_from_hf(
+        QWEN2 | {"rope_theta": 3.0, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    )
+    for wrong, message in (
+        (LLAMA | {"rope_parameters": {"full_attention": default}}, "has none unless config.json lists layer_types"),
+        (QWEN2 | {"rope_parameters": {"sliding_attention": default}}, "are of 'full_attention'"),
+        (LLAMA | {"rope_parameters": default | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
+    ):
+        with pytest.raises(sj.ConfigError, match=message):
+            config_from_hf(wrong)
+
+
+def test_what_a_config_does_not_say_is_transformers_default():
+    """Of the class; null says something."""
+    short = {
+        key: value for key, value in LLAMA.items() if key not in ("num_key_value_heads", "max_position_embeddings")
+    }
+    llama, mistral = (
+        config_from_hf(short | {"model_type": kind, "num_attention_heads": 8}) for kind in ("llama", "mistral")
+    )
+    assert (llama.bos_token_id, llama.eos_token_ids, llama.num_kv_heads, llama.max_positions) == (1, (2,), 8, 2048)
+    assert (mistral.bos_token_id, mistral.eos_token_ids, mistral.max_positions) == (1, (2,), 131_072)
+    assert (mistral.num_kv_heads, mistral.sliding_window) == (8, 4096)
+    qwen2 = config_from_hf(short | {"model_type": "qwen2", "num_attention_heads": 32, "hidden_size": 64})
+    assert (qwen2.bos_token_id, qwen2.eos_token_ids, qwen2.num_kv_heads, qwen2.max_positions) == (None, (), 32, 32_768)
+    unsaid = config_from_hf(LLAMA | {"bos_token_id": None, "eos_token_id": None})
+    assert (unsaid.bos_token_id, unsaid.eos_token_ids) == (None, ())
+    assert config_from_hf(LLAMA | {"rope_scaling": LLAMA3}).rope_scaling.original_max_positions == 64
+    beside = LLAMA | {"rope_scaling": LLAMA3, "original_max_position_embeddings": 16}
+    assert config_from_hf(beside).rope_scaling.original_max_positions == 16
+
+
+@pytest.mark.parametrize("wrong", [-1, 40, [2, 40]])
+def test_stop_tokens_that_the_model_does_not_have(wrong):
+    with pytest.raises(sj.ConfigError, match=r"eos_token_ids has (-1|40); expected ids from 0 to 39"):
+        config_from_hf(LLAMA | {"eos_token_id": wrong})
+    with pytest.raises(sj.ConfigError, match=r"eos_token_ids has (-1|40)"):
+        config_from_hf(LLAMA, {"eos_token_id": wrong})
+    with pytest.raises(sj.ConfigError, match="bos_token_id"):
+        config_from_hf(LLAMA | {"bos_token_id": wrong})
 
 
 def test_the_generation_configs_stop_tokens_win():
@@ -91,7 +150,6 @@ def test_sliding_windows(changes, window):
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'"),
         ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "'dynamic'"),
         ({"rope_scaling": {"type": "linear"}}, "factor=None"),
-        ({"rope_scaling": LLAMA3}, "original_max_position_embeddings=None"),
         ({"rope_scaling": LLAMA3 | {"low_freq_factor": "low"}}, "low_freq_factor='low'"),
         ({"rope_scaling": "linear"}, "expected an object"),
         ({"hidden_size": "x"}, "hidden_size='x'"),

@@ -11,6 +11,7 @@ from specjax.checks import check_is
 from specjax.drafters.base import Context, DrafterBase
 from specjax.errors import ConfigError, TreeError
 from specjax.loading.load import Model
+from specjax.loading.tokenizer import PADDING
 from specjax.proposal import NO_DRAFT, Proposal, Verdict
 from specjax.sampling import Sampling
 from specjax.target import cache as kv
@@ -112,7 +113,12 @@ class DraftModelDrafter(DrafterBase):
         mine, theirs = self.draft.tokenizer, target.tokenizer
         sizes = f"{self.draft.config.vocab_size} and {target.config.vocab_size}"
         if mine is not None and theirs is not None:
-            differing = set(mine.backend.get_vocab().items()) ^ set(theirs.backend.get_vocab().items())
+            shared = min(mine.vocab_size, theirs.vocab_size)
+            differing = {
+                (token, number)
+                for token, number in set(mine.backend.get_vocab().items()) ^ set(theirs.backend.get_vocab().items())
+                if number < shared or not PADDING.fullmatch(token)
+            }
             if differing:
                 token, number = min(differing, key=lambda pair: pair[1])
                 raise ConfigError(

@@ -2,7 +2,9 @@
 
 import json
 import os
+import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +39,13 @@ def load_hf(directory: str | os.PathLike[str], dtype: DTypeLike) -> tuple[Params
     if raw is None:
         raise CheckpointError(f"{directory} has no config.json; expected a Hugging Face model directory.")
     config = config_from_hf(raw, _json(directory / "generation_config.json"))
-    plan = layout.layout(config, family_of(config).hf_names)
     found = list(tensors.scan(tensors.files(directory)))
+    config, names = _tied(config, {t.name: t for t in found}, str(directory))
+    plan = layout.layout(config, names)
 
     def ignored(name: str) -> bool:
         # A buffer that old checkpoints hold, a tied head stored twice, and Medusa heads bundled beside their base.
-        tied = config.tie_word_embeddings and name == "lm_head.weight"
+        tied = config.tie_word_embeddings and name in _TIED
         return tied or name.endswith("rotary_emb.inv_freq") or name.startswith(("medusa_head.", "medusa_heads."))
 
     problems = layout.check(plan, ((t.name, t.shape) for t in found), ignored)
@@ -55,6 +58,30 @@ def load_hf(directory: str | os.PathLike[str], dtype: DTypeLike) -> tuple[Params
     by_name = {t.name: t for t in found}
     params = layout.fill(plan, lambda name, start, stop: tensors.rows(by_name[name], start, stop), dtype)
     return params, config
+
+
+_TIED = ("model.embed_tokens.weight", "lm_head.weight")
+
+
+def _tied(
+    config: ModelConfig, found: Mapping[str, tensors.Stored], where: str
+) -> tuple[ModelConfig, Mapping[str, str]]:
+    """What a tied model's file has of embedding and LM head: either serves as both; if they differ, both count."""
+    names = family_of(config).hf_names
+    embed, head = (found.get(names[role]) for role in ("embed", "lm_head"))
+    if not config.tie_word_embeddings or head is None:
+        return config, names
+    if embed is None:
+        return config, {**names, "embed": names["lm_head"]}
+    comparable = embed.shape == head.shape and {embed.dtype, head.dtype} <= tensors.DTYPES.keys()
+    if not comparable or not tensors.equal(embed, head):  # what does not fit the model is refused later
+        warnings.warn(
+            f"{where} says tie_word_embeddings, but its {head.name} differs from its {embed.name}: both are used, as "
+            "the file has them. If they should be one, remove the wrong one.",
+            stacklevel=4,
+        )
+        return replace(config, tie_word_embeddings=False), names
+    return config, names
 
 
 def save_hf(

@@ -143,6 +143,10 @@ def _load(source: str | os.PathLike[str], dtype: DTypeLike) -> tuple[Model, Path
             f"the tokenizer of {source} has {tokenizer.vocab_size} tokens, the model embeds {config.vocab_size}; "
             "the files belong to different models."
         )
+    ends = tokenizer and tokenizer.turn_end()
+    if tokenizer is not None and ends is not None and ends not in config.eos_token_ids:
+        config = replace(config, eos_token_ids=(*config.eos_token_ids, ends))
+        tokenizer.eos_token_ids = config.eos_token_ids
     # As the caller named it, not as a file calls itself ("Smollm2 135M 8k Lc100K Mix1 Ep2", say).
     return Model(params, replace(config, name=os.fspath(source)), tokenizer), path
 

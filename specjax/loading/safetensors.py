@@ -1,6 +1,7 @@
 """Tensors by name out of one or several safetensors files."""
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from specjax.errors import CheckpointError
 
+_COMPARED = 4_000_000  # numbers at a time
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}  # the last also teaches NumPy its name
@@ -71,6 +73,15 @@ def rows(tensor: Stored, start: int, stop: int) -> np.ndarray:
     # Opened anew each time: a mapping that stays open keeps every page it touched resident.
     with safe_open(tensor.file, "np") as file:
         return file.get_slice(tensor.name)[start:stop]
+
+
+def equal(a: Stored, b: Stored) -> bool:
+    """Whether two matrices of one shape hold the same numbers, whatever their dtypes."""
+    step = max(1, _COMPARED // max(1, math.prod(a.shape[1:])))
+    parts = ((at, min(at + step, a.shape[0])) for at in range(0, a.shape[0], step))
+    return all(
+        np.array_equal(rows(a, *part).astype(np.float32), rows(b, *part).astype(np.float32)) for part in parts
+    )
 
 
 def metadata(path: Path) -> dict[str, str]:

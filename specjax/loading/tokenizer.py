@@ -5,6 +5,7 @@ Made from a Hugging Face directory (`tokenizer.json`) or rebuilt from GGUF metad
 
 import functools
 import json
+import re
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date, datetime
@@ -93,6 +94,28 @@ class Tokenizer:
         """The text of `ids`; special tokens such as the EOS are left out unless asked for."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
 
+    def decode_certain(self, ids: Sequence[int]) -> str:
+        """What `decode` gives of `ids` whatever tokens follow: the beginning of every longer text.
+
+        Not so of a character that is not complete, and of a run of byte tokens, which a decoder that falls back to
+        bytes turns into U+FFFD as a whole if it is not UTF-8 in the end.
+        """
+        text = self.decode(ids)
+        if self._bad_byte is not None:
+            text = common_beginning(text, self.decode([*ids, self._bad_byte]))
+        return text.rstrip("\ufffd")
+
+    @functools.cached_property
+    def _bad_byte(self) -> int | None:
+        # The token of a byte that no UTF-8 has, in a tokenizer that falls back to bytes.
+        return self.backend.token_to_id("<0xFF>")
+
+    @functools.cached_property
+    def special_ids(self) -> dict[str, int]:
+        """The tokens that `decode` leaves out, by what they are called."""
+        added = self.backend.get_added_tokens_decoder()
+        return {token.content: i for i, token in added.items() if token.special}
+
     def render_chat(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:
         """The conversation as the text that the model was trained on.
 
@@ -128,6 +151,18 @@ class Tokenizer:
             )
         except jinja2.TemplateError as error:
             raise PromptError(f"the chat template refuses these messages: {error}") from error
+
+    def turn_end(self) -> int | None:
+        """The special token that the chat template ends the assistant's turn with; None where it writes none."""
+        asked, answer = {"role": "user", "content": "x"}, "\ufdd2"  # a noncharacter: the template writes none
+        if self.chat_template is None:
+            return None
+        try:
+            text = self.render_chat([asked, {"role": "assistant", "content": answer}], add_generation_prompt=False)
+        except PromptError:
+            return None
+        after = self._encoded(text.rpartition(answer)[2].lstrip(), add_special_tokens=False).ids
+        return after[0] if after and after[0] in self.special_ids.values() else None
 
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
@@ -250,6 +285,8 @@ class Tokenizer:
                     f"tokenizer.ggml.{part} has {length} entries ({reprlib.repr(values)}); expected {len(tokens)}, one "
                     "for each of tokenizer.ggml.tokens. Convert the model again."
                 )
+        metadata = _without_padding(metadata)
+        tokens = metadata["tokenizer.ggml.tokens"]
         backend = _byte_level(metadata, pre) if kind == "gpt2" else _sentencepiece(metadata)
         types = metadata.get("tokenizer.ggml.token_type", [TokenType.NORMAL] * len(tokens))
         for token, role in zip(tokens, types, strict=True):
@@ -259,7 +296,7 @@ class Tokenizer:
         for key in ("bos", "eos", "padding", "unknown"):
             if metadata.get(f"tokenizer.ggml.{key}_token_id") is not None:
                 special[f"{key[:3]}_token"] = tokens[_special_id(metadata, key)]
-        adds_bos = metadata.get("tokenizer.ggml.add_bos_token", kind == "llama" or pre == "llama-bpe")
+        adds_bos = metadata.get("tokenizer.ggml.add_bos_token", kind == "llama" or pre in _LLAMA3)
         adds_eos = metadata.get("tokenizer.ggml.add_eos_token", False)
         before = [special["bos_token"]] if adds_bos and "bos_token" in special else []
         after = [special["eos_token"]] if adds_eos and "eos_token" in special else []
@@ -274,28 +311,46 @@ class Tokenizer:
         )
 
 
+PADDING = re.compile(r"\[PAD\d*\]|\[unused\d+\]|<\|?(reserved|extra|unused|dummy)[^<>]*>", re.IGNORECASE)
+
+
+def _without_padding(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the rows at the end that a converter added so that their number is a round one: they are no tokens."""
+    names = [f"tokenizer.ggml.{part}" for part in ("tokens", "token_type", "scores")]
+    tokens, types = metadata[names[0]], metadata.get(names[1])
+    end = len(tokens)
+    while end and (tokens[end - 1] == f"[PAD{end - 1}]" or (types and types[end - 1] == TokenType.UNUSED)):
+        end -= 1
+    return {**metadata, **{name: metadata[name][:end] for name in names if name in metadata}}
+
+
 # Where words are cut before merging, by `tokenizer.ggml.pre`. GPT-2's own rule is built into `ByteLevel`.
 _LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN2_WORDS = _LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}")
+_GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+# By the names that llama.cpp knows for tokenizers of the architectures that can be loaded; cut one after the other.
+_LLAMA3, _QWEN2 = ("llama-bpe", "llama3", "llama-v3"), ("qwen2", "deepseek-r1-qwen")
+_CUTS = {
+    "gpt-2": (_GPT2_WORDS,),
+    "smollm": (r"\p{N}", _GPT2_WORDS),
+    "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2_WORDS, r"\p{N}+", r"[0-9][0-9][0-9]"),
+    **dict.fromkeys(_LLAMA3, (_LLAMA3_WORDS,)),
+    **dict.fromkeys(_QWEN2, (_QWEN2_WORDS,)),
+}
 
 
 def _pre_tokenizer(pre: str | None) -> pre_tokenizers.PreTokenizer:
-    if pre in ("gpt-2", "default"):
-        return pre_tokenizers.ByteLevel(add_prefix_space=False)
-    if pre == "smollm":
-        digits = pre_tokenizers.Digits(individual_digits=True)
-        return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    words = {"qwen2": _QWEN2_WORDS, "llama-bpe": _LLAMA3_WORDS}.get(pre or "")
-    if words is None:
+    if pre not in _CUTS:
+        *others, last = sorted(map(repr, _CUTS))
         raise CheckpointError(
-            f"tokenizer.ggml.pre is {pre!r}; supported are 'default', 'gpt-2', 'llama-bpe', 'qwen2' and 'smollm'. "
-            "Load the Hugging Face checkpoint of this model instead."
+            f"tokenizer.ggml.pre is {pre!r}; supported are {', '.join(others)} and {last}. Load the Hugging Face "
+            "checkpoint of this model instead."
         )
-    split = pre_tokenizers.Split(Regex(words), "isolated")
-    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    splits = [pre_tokenizers.Split(Regex(words), "isolated") for words in _CUTS[pre]]
+    return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 def _special_id(metadata: Mapping[str, Any], key: str, default: int | None = None) -> int:
@@ -321,8 +376,8 @@ def _byte_level(metadata: Mapping[str, Any], pre: str | None) -> tokenizers.Toke
             )
         merges.append((a, b))
     # Llama 3 takes a word that is in the vocabulary whole, whatever the merges say.
-    backend = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=pre == "llama-bpe"))
-    if pre == "qwen2":
+    backend = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=pre in _LLAMA3))
+    if pre in _QWEN2:
         backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = _pre_tokenizer(pre)
     backend.decoder = decoders.ByteLevel()
@@ -345,6 +400,12 @@ def _sentencepiece(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
     strip = [decoders.Strip(" ", 1, 0)] if prefix else []
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
     return backend
+
+
+def common_beginning(a: str, b: str) -> str:
+    """The longest text that both begin with."""
+    different = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    return a[: next(different, min(len(a), len(b)))]
 
 
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"  # noncharacters, which Unicode keeps for such internal use

@@ -102,6 +102,13 @@ class ModelConfig:
                 f"rope_theta is {self.rope_theta!r} and rms_norm_eps {self.rms_norm_eps!r}; expected finite numbers, "
                 "> 0 and >= 0."
             )
+        for name, ids in (("eos_token_ids", self.eos_token_ids), ("bos_token_id", (self.bos_token_id,))):
+            wrong = [token for token in ids if token is not None and not 0 <= token < self.vocab_size]
+            if wrong:
+                raise ConfigError(
+                    f"{name} has {wrong[0]}; expected ids from 0 to {self.vocab_size - 1}. Correct it where the "
+                    "files say so (config.json, generation_config.json, GGUF metadata), or remove it there."
+                )
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ConfigError(
                 f"sliding_window is {self.sliding_window}; expected a positive number of tokens, or None."

@@ -71,6 +71,7 @@ class Family:
       qkv_bias: whether q, k and v have biases.
       window: which models have a sliding window: none, all that name one, or those that ask for it.
       interleaved_gguf: whether GGUF pairs up neighbouring q and k rows for the rotation, in place of halves.
+      defaults: of config.json's entries, as transformers' class has them.
       fixed: values of config.json beside `_FIXED` that mean what the decoder computes.
       hf_names, gguf_names: tensors by role, `{}` standing for the layer.
     """
@@ -82,14 +83,35 @@ class Family:
     qkv_bias: bool = False
     window: Literal["never", "always", "asked"] = "never"
     interleaved_gguf: bool = False
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     fixed: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     hf_names: Mapping[str, str] = field(default_factory=lambda: _HF_NAMES)
     gguf_names: Mapping[str, str] = field(default_factory=lambda: _GGUF_NAMES)
 
 
 FAMILIES = (
-    Family("llama", "llama", "llama", "LlamaForCausalLM", interleaved_gguf=True),
-    Family("mistral", None, "llama", "MistralForCausalLM", window="always", interleaved_gguf=True),
+    Family(
+        "llama",
+        "llama",
+        "llama",
+        "LlamaForCausalLM",
+        interleaved_gguf=True,
+        defaults={"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
+    ),
+    Family(
+        "mistral",
+        None,
+        "llama",
+        "MistralForCausalLM",
+        window="always",
+        defaults={
+            "max_position_embeddings": 131_072,
+            "num_key_value_heads": 8,
+            "sliding_window": 4096,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+    ),
     Family(
         "qwen2",
         "qwen2",
@@ -97,6 +119,7 @@ FAMILIES = (
         "Qwen2ForCausalLM",
         qkv_bias=True,
         window="asked",
+        defaults={"max_position_embeddings": 32_768, "num_key_value_heads": 32, "sliding_window": 4096},
         fixed={"attention_bias": (True, False, None)},
     ),
 )
@@ -123,6 +146,7 @@ def config_from_hf(config: Mapping[str, Any], generation_config: Mapping[str, An
     family = next((family for family in FAMILIES if family.model_type == kind), None)
     if family is None:
         raise ConfigError(f"model_type is {kind!r}; supported are {_listed(f.model_type for f in FAMILIES)}.")
+    config = {**family.defaults, **config}  # what is null stays so: it may say something
     _refuse_unsupported(config, family)
     missing = [key for key in _HF_REQUIRED if config.get(key) is None]
     if missing:
@@ -132,6 +156,7 @@ def config_from_hf(config: Mapping[str, Any], generation_config: Mapping[str, An
         raise ConfigError(f"config.json has num_attention_heads={heads}; expected a positive number.")
     generation = dict(generation_config or {})
     eos = generation.get("eos_token_id")
+    theta, scaling = _rope(config, family)
     return ModelConfig(
         family=family.decoder,
         vocab_size=_number(config, "vocab_size", int),
@@ -141,14 +166,14 @@ def config_from_hf(config: Mapping[str, Any], generation_config: Mapping[str, An
         num_heads=heads,
         num_kv_heads=_number(config, "num_key_value_heads", int, heads),
         head_dim=_number(config, "head_dim", int, _number(config, "hidden_size", int) // heads),
-        rope_theta=_rope_theta(config),
-        rope_scaling=_rope_scaling(config),
+        rope_theta=theta,
+        rope_scaling=scaling,
         rms_norm_eps=_number(config, "rms_norm_eps", float, 1e-6),
         qkv_bias=family.qkv_bias,
         tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-        max_positions=_number(config, "max_position_embeddings", int, 2048),
+        max_positions=_number(config, "max_position_embeddings", int),
         sliding_window=_sliding_window(config, family),
-        bos_token_id=config.get("bos_token_id"),
+        bos_token_id=None if config.get("bos_token_id") is None else _number(config, "bos_token_id", int),
         eos_token_ids=_as_ids(config.get("eos_token_id") if eos is None else eos),
         name=str(config.get("_name_or_path") or kind),
     )
@@ -199,7 +224,6 @@ def config_from_gguf(
             )
         scaling = RopeScaling("divisors", divisors=tuple(float(d) for d in rope_divisors))
     bos = "tokenizer.ggml.bos_token_id"
-    eos = [metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot")]
     vocab = metadata.get("tokenizer.ggml.tokens")
     return ModelConfig(
         family=family.decoder,
@@ -218,9 +242,31 @@ def config_from_gguf(
         max_positions=number("context_length", int),
         sliding_window=number("attention.sliding_window", int, 0) or None,
         bos_token_id=None if metadata.get(bos) is None else _number(metadata, bos, int),
-        eos_token_ids=_as_ids([token for token in eos if token is not None]),
+        eos_token_ids=_gguf_stops(metadata),
         name=str(metadata.get("general.name", arch)),
     )
+
+
+# What ends a turn, a message or the text, by the names that published models give it.
+_STOPS = frozenset(
+    ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<EOT>")
+)
+_CONTROL = 3  # gguf.TokenType.CONTROL
+
+
+def _gguf_stops(metadata: Mapping[str, Any]) -> tuple[int, ...]:
+    """The ids that the metadata name, and in a chat model the control tokens that are known to end something: what the
+    Hugging Face files of the same model list. Not the one for unknown words, which some models call so."""
+    named = [metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")]
+    tokens, types = (metadata.get(f"tokenizer.ggml.{part}") for part in ("tokens", "token_type"))
+    if metadata.get("tokenizer.chat_template") and isinstance(tokens, Sequence) and isinstance(types, Sequence):
+        unknown = metadata.get("tokenizer.ggml.unknown_token_id")
+        named += [
+            i
+            for i, (token, kind) in enumerate(zip(tokens, types, strict=False))
+            if kind == _CONTROL and token in _STOPS and i != unknown
+        ]
+    return _as_ids([token for token in named if token is not None])
 
 
 _HF_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -250,36 +296,60 @@ def _number(config: Mapping[str, Any], key: str, kind: type[_N], default: _N | N
     return number
 
 
-def _rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
-    # transformers >= 5 writes rope_parameters (theta inside), earlier versions rope_scaling beside rope_theta.
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+def _rope(config: Mapping[str, Any], family: Family) -> tuple[float, RopeScaling | None]:
+    """Base and scaling, wherever they stand: as transformers 5 reads them, which takes `rope_scaling` before
+    `rope_parameters`, whichever says something, and a `rope_theta` inside it before the one beside it."""
+    name = next((name for name in ("rope_scaling", "rope_parameters") if config.get(name)), "rope_parameters")
+    rope = config.get(name) or {}
     if not isinstance(rope, Mapping):
-        raise ConfigError(f"rope_scaling is {rope!r}; expected an object with a rope_type.")
-    return dict(rope)
+        raise ConfigError(f"{name} is {rope!r}; expected an object with a rope_type.")
+    if by_layer := {key: value for key, value in rope.items() if isinstance(value, Mapping)}:
+        rope = _of_one_layer_type(by_layer, config, family, name)
+    if rope.get("partial_rotary_factor") not in (1, None):
+        raise ConfigError(
+            f"{name} has partial_rotary_factor={rope['partial_rotary_factor']!r}; this decoder computes only 1.0."
+        )
+    beside = {} if config.get("rope_theta") is None else {"rope_theta": config["rope_theta"]}
+    return _number({**beside, **_said(rope)}, "rope_theta", float, 10_000.0), _rope_scaling(rope, config)
 
 
-def _rope_theta(config: Mapping[str, Any]) -> float:
-    return _number({**_rope_parameters(config), **_given(config, "rope_theta")}, "rope_theta", float, 10_000.0)
+def _of_one_layer_type(
+    by_layer: Mapping[str, Mapping[str, Any]], config: Mapping[str, Any], family: Family, name: str
+) -> Mapping[str, Any]:
+    used = "full_attention" if _sliding_window(config, family) is None else "sliding_attention"
+    if family.window != "asked" and not config.get("layer_types"):
+        raise ConfigError(
+            f"{name} has entries by layer type, {sorted(by_layer)}, but a {family.model_type} model has none unless "
+            "config.json lists layer_types; write the entry in place of them, or add layer_types."
+        )
+    if used not in by_layer:
+        raise ConfigError(f"{name} has entries for {sorted(by_layer)}; the layers of this model are of {used!r}.")
+    return by_layer[used]
 
 
-def _given(config: Mapping[str, Any], key: str) -> dict[str, Any]:
-    return {} if config.get(key) is None else {key: config[key]}
+def _said(entries: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in entries.items() if value is not None}
 
 
-def _rope_scaling(config: Mapping[str, Any]) -> RopeScaling | None:
-    rope = _rope_parameters(config)
+def _rope_scaling(rope: Mapping[str, Any], config: Mapping[str, Any]) -> RopeScaling | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None
     if kind == "linear":
         return RopeScaling("linear", _number(rope, "factor", float))
     if kind == "llama3":
+        length = "original_max_position_embeddings"  # beside it wins, and the model's own length is the default
         return RopeScaling(
             "llama3",
             _number(rope, "factor", float),
             _number(rope, "low_freq_factor", float),
             _number(rope, "high_freq_factor", float),
-            _number(rope, "original_max_position_embeddings", int),
+            _number(
+                {**_said(rope), **_said({length: config.get(length)})},
+                length,
+                int,
+                config.get("max_position_embeddings"),
+            ),
         )
     raise ConfigError(f"rope_type is {kind!r}; supported are 'default', 'linear' and 'llama3'.")
 
@@ -304,12 +374,11 @@ def _sliding_window(config: Mapping[str, Any], family: Family) -> int | None:
     """
     kind, layers, types = family.model_type, _number(config, "num_hidden_layers", int), config.get("layer_types")
     asked, window = bool(config.get("use_sliding_window")), config.get("sliding_window")
-    given = window if family.window == "never" else config.get("sliding_window", 4096)  # transformers' default
     says = f"sliding_window={window!r} and use_sliding_window={config.get('use_sliding_window')!r}"
     types = list(types) if isinstance(types, tuple) else types
-    if family.window == "never" and asked and given is not None:
+    if family.window == "never" and asked and window is not None:
         raise ConfigError(f"config.json has {says}; a {kind} model has no windows. Is its model_type 'mistral'?")
-    used = given is not None and (family.window == "always" or (family.window == "asked" and asked))
+    used = window is not None and (family.window == "always" or (family.window == "asked" and asked))
     if types is not None:
         if types not in (["full_attention"] * layers, ["sliding_attention"] * layers):
             raise ConfigError(

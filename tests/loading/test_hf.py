@@ -136,12 +136,44 @@ def test_harmless_extras_are_dropped(params, tmp_path):
     params = dataclasses.replace(params, lm_head=None)
     save_hf(tmp_path, params, config)
     extra = {
-        "lm_head.weight": np.zeros((40, 16), np.float32),
+        "lm_head.weight": np.asarray(params.embed),  # tied, and stored twice
         "model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(2, np.float32),
         "medusa_head.0.0.linear.weight": np.zeros((16, 16), np.float32),
     }
     _rewrite(tmp_path, lambda tensors: tensors.update(extra))
     _equal(load_hf(tmp_path, jnp.float32)[0], params)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_tied_model_may_store_either_name(params, tmp_path):
+    config = dataclasses.replace(CONFIG, tie_word_embeddings=True)
+    params = dataclasses.replace(params, lm_head=None)
+    save_hf(tmp_path, params, config)
+
+    def rename(tensors):
+        tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+
+    _rewrite(tmp_path, rename)
+    loaded, found = load_hf(tmp_path, jnp.float32)
+    _equal(loaded, params)
+    assert found.tie_word_embeddings
+    _rewrite(tmp_path, lambda tensors: tensors.pop("lm_head.weight"))
+    with pytest.raises(CheckpointError, match="missing: model.embed_tokens.weight"):
+        load_hf(tmp_path, jnp.float32)
+
+
+@pytest.mark.parametrize("stored", [np.float32, ml_dtypes.bfloat16])
+def test_a_stored_head_that_differs_is_used(params, tmp_path, stored):
+    """As transformers 5 does; whatever `tie_word_embeddings` says."""
+    tied = dataclasses.replace(CONFIG, tie_word_embeddings=True)
+    save_hf(tmp_path, dataclasses.replace(params, lm_head=None), tied)
+    head = np.asarray(params.embed).copy()
+    head[-1, -1] += 0.5  # in the last number alone
+    _rewrite(tmp_path, lambda tensors: tensors.update({"lm_head.weight": head.astype(stored)}))
+    with pytest.warns(UserWarning, match="says tie_word_embeddings, but its lm_head.weight differs"):
+        loaded, config = load_hf(tmp_path, jnp.float32)
+    assert not config.tie_word_embeddings
+    _equal(loaded, dataclasses.replace(params, lm_head=jnp.asarray(head.astype(stored), jnp.float32)))
 
 
 @pytest.mark.parametrize(

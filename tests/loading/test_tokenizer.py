@@ -37,10 +37,13 @@ def _byte_level(pre="gpt-2", **more):
     ("pre", "words"),
     [
         ("gpt-2", "IT|'|S|Ġ1234|Ġ|Ġx|'s|ĊĊ|Ġy"),
-        ("default", "IT|'|S|Ġ1234|Ġ|Ġx|'s|ĊĊ|Ġy"),
+        ("default", "IT|'|S|Ġ|123|4|Ġ|Ġx|'|s|ĊĊ|Ġy"),  # llama.cpp's own, not GPT-2's
         ("smollm", "IT|'|S|Ġ|1|2|3|4|Ġ|Ġx|'s|ĊĊ|Ġy"),
         ("qwen2", "IT|'S|Ġ|1|2|3|4|Ġ|Ġx|'s|ĊĊ|Ġy"),
+        ("deepseek-r1-qwen", "IT|'S|Ġ|1|2|3|4|Ġ|Ġx|'s|ĊĊ|Ġy"),
         ("llama-bpe", "IT|'S|Ġ|123|4|Ġ|Ġx|'s|ĊĊ|Ġy"),
+        ("llama3", "IT|'S|Ġ|123|4|Ġ|Ġx|'s|ĊĊ|Ġy"),
+        ("llama-v3", "IT|'S|Ġ|123|4|Ġ|Ġx|'s|ĊĊ|Ġy"),
     ],
 )
 def test_words_are_cut_as_the_model_was_trained(pre, words):
@@ -59,7 +62,8 @@ def test_byte_level_bpe():
 
 def test_llama3_takes_whole_words_and_adds_the_bos():
     assert Tokenizer.from_gguf(_byte_level(), ()).encode("aba") == [3, 0]
-    assert Tokenizer.from_gguf(_byte_level("llama-bpe"), ()).encode("aba") == [5, 4]
+    for name in ("llama-bpe", "llama3", "llama-v3"):
+        assert Tokenizer.from_gguf(_byte_level(name), ()).encode("aba") == [5, 4]
 
 
 def test_the_bos_is_never_added_twice():

@@ -13,12 +13,14 @@ import tokenizers
 import torch
 import transformers
 
+from specjax.errors import ConfigError
 from specjax.loading.hf import save_hf
 from specjax.loading.load import _packaged, load_model
 from specjax.loading.tokenizer import Tokenizer
 from specjax.target import cache as kv
 from specjax.target.config import ModelConfig, RopeScaling
-from specjax.target.model import forward, rms_norm, unembed
+from specjax.target.families import config_from_hf
+from specjax.target.model import forward, rms_norm, rope_frequencies, unembed
 from specjax.target.params import init
 
 TOLERANCE = 1e-4
@@ -252,6 +254,52 @@ def test_qwen2_tokenizer_from_gguf_and_from_hf(tmp_path):
             assert ours.encode(text) == theirs.encode(text), text
             assert ours.decode(ours.encode(text)) == theirs.decode(theirs.encode(text), skip_special_tokens=True)
         assert ours.apply_chat_template(messages) == expected
+
+
+THETAS = {"nowhere": {}, "beside": {"rope_theta": 3000.0}}
+ROPES = {
+    "none": {},
+    "scaling": {"rope_scaling": {"type": "linear", "factor": 2.0}},
+    "scaling-with-theta": {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "rope_theta": 70.0}},
+    "parameters": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+    "parameters-without-theta": {"rope_parameters": {"rope_type": "linear", "factor": 3.0}},
+    "parameters-without-type": {"rope_parameters": {"rope_theta": 5e5}},
+    "llama3": {"rope_parameters": {k: v for k, v in LLAMA3.items() if k != "rope_theta"}},
+    "llama3-without-length": {"rope_parameters": {k: v for k, v in LLAMA3.items() if not k.startswith("original")}},
+    "llama3-with-length-beside": {"rope_scaling": LLAMA3, "original_max_position_embeddings": 16},
+    "both": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_parameters": {"rope_theta": 5e5}},
+    "both-one-empty": {"rope_scaling": {}, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+    "both-types": {"rope_scaling": {"type": "linear", "rope_type": "default", "factor": 2.0}},
+    "dynamic": {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+    "partial": {"rope_parameters": {"rope_theta": 5e5, "partial_rotary_factor": 0.5}},
+    "by-layer-type": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 5e5}}},
+}
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral"])
+@pytest.mark.parametrize("theta", THETAS)
+@pytest.mark.parametrize("rope", ROPES)
+def test_every_spelling_of_rope_is_read_as_transformers_does_or_refused(kind, theta, rope):
+    """From the JSON that a checkpoint has. What transformers itself cannot compute may be either."""
+    raw = {"model_type": kind, **SHAPE, **THETAS[theta], **ROPES[rope]}
+    try:
+        config = config_from_hf(json.loads(json.dumps(raw)))
+    except ConfigError:
+        assert rope in ("dynamic", "partial") or (rope, kind) in (
+            ("by-layer-type", "llama"),
+            ("by-layer-type", "mistral"),
+        )
+        return
+    theirs = transformers.AutoConfig.for_model(**json.loads(json.dumps(raw)))
+    module = {"llama": "Llama", "qwen2": "Qwen2", "mistral": "Mistral"}[kind]
+    rotary = getattr(getattr(transformers.models, kind), f"modeling_{kind}")
+    try:
+        frequencies = getattr(rotary, f"{module}RotaryEmbedding")(theirs).inv_freq.numpy()
+    except KeyError:
+        assert rope == "by-layer-type"
+        assert config.rope_theta == 5e5
+        return
+    np.testing.assert_allclose(rope_frequencies(config), frequencies, rtol=1e-6)
 
 
 @pytest.mark.full
