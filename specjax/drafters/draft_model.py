@@ -10,8 +10,8 @@ from jaxtyping import Array, Float, Int
 from specjax.checks import check_is
 from specjax.drafters.base import Context, DrafterBase
 from specjax.errors import ConfigError, TreeError
+from specjax.loading.gguf_tokenizer import PADDING
 from specjax.loading.load import Model
-from specjax.loading.tokenizer import PADDING
 from specjax.proposal import NO_DRAFT, Proposal, Verdict
 from specjax.sampling import Sampling
 from specjax.target import cache as kv

@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Int
 
 from specjax.errors import CheckpointError
+from specjax.loading import hf_tokenizer
 from specjax.loading.gguf import load_gguf
 from specjax.loading.hf import load_hf, save_hf
 from specjax.loading.tokenizer import Tokenizer
@@ -35,9 +36,7 @@ _HF_FILES = (
     "generation_config.json",
     "model*.safetensors",
     "model.safetensors.index.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
+    *hf_tokenizer.FILES,
     _TOKEN_MAP,
 )
 
@@ -143,7 +142,7 @@ def _load(source: str | os.PathLike[str], dtype: DTypeLike) -> tuple[Model, Path
             f"the tokenizer of {source} has {tokenizer.vocab_size} tokens, the model embeds {config.vocab_size}; "
             "the files belong to different models."
         )
-    ends = tokenizer and tokenizer.turn_end()
+    ends = None if tokenizer is None else tokenizer.turn_end()
     if tokenizer is not None and ends is not None and ends not in config.eos_token_ids:
         config = replace(config, eos_token_ids=(*config.eos_token_ids, ends))
         tokenizer.eos_token_ids = config.eos_token_ids

@@ -79,9 +79,7 @@ def equal(a: Stored, b: Stored) -> bool:
     """Whether two matrices of one shape hold the same numbers, whatever their dtypes."""
     step = max(1, _COMPARED // max(1, math.prod(a.shape[1:])))
     parts = ((at, min(at + step, a.shape[0])) for at in range(0, a.shape[0], step))
-    return all(
-        np.array_equal(rows(a, *part).astype(np.float32), rows(b, *part).astype(np.float32)) for part in parts
-    )
+    return all(np.array_equal(rows(a, *part).astype(np.float32), rows(b, *part).astype(np.float32)) for part in parts)
 
 
 def metadata(path: Path) -> dict[str, str]:

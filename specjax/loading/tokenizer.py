@@ -5,25 +5,18 @@ Made from a Hugging Face directory (`tokenizer.json`) or rebuilt from GGUF metad
 
 import functools
 import json
-import re
-import reprlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date, datetime
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
 import tokenizers
-from gguf import TokenType
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
-from specjax.checks import is_whole
 from specjax.errors import CheckpointError, PromptError
 from specjax.files import write_atomically
+from specjax.loading import chat_template, gguf_tokenizer, hf_tokenizer
+
+_MESSAGE = "{'role': ..., 'content': ...}"
 
 
 class Tokenizer:
@@ -116,19 +109,28 @@ class Tokenizer:
         added = self.backend.get_added_tokens_decoder()
         return {token.content: i for i, token in added.items() if token.special}
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Any] | None = None,
+    ) -> str:
         """The conversation as the text that the model was trained on.
 
         Args:
-          messages: {"role": ..., "content": ...}, oldest first.
+          messages: {"role": ..., "content": ...}, oldest first, and what else the template reads, such as tool_calls.
           add_generation_prompt: whether to end with the opening of the assistant's answer.
+          tools: descriptions of functions, for templates that write them.
 
         Raises:
           PromptError: no messages, messages of another form, no chat template, or messages that the template refuses.
         """
-        return _without_marks(self._marked(messages, add_generation_prompt))[0]
+        return chat_template.without_marks(self._marked(messages, add_generation_prompt, tools))[0]
 
-    def _marked(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
+    def _marked(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, tools: Sequence[Any] | None
+    ) -> str:
         """`render_chat`'s text, with marks around what the template's `{% generation %}` blocks write."""
         if self.chat_template is None:
             raise PromptError("this model has no chat template; encode a plain text prompt instead.")
@@ -140,17 +142,16 @@ class Tokenizer:
             # Only a message of something else, such as tool_calls, may lack a text.
             if not told or not (isinstance(content, str) or (content is None and {*message} - {"role", "content"})):
                 raise PromptError(f"message {i} is {message!r}; expected {_MESSAGE}, both texts.")
-            if any(mark in (content or "") for mark in (_OPEN, _CLOSE)):
+            if _holds_a_mark(message):
                 raise PromptError(f"message {i} holds a Unicode noncharacter (U+FDD0 or U+FDD1); remove it.")
-        try:
-            return _template(self.chat_template).render(
-                messages=[dict(m) for m in messages],
-                add_generation_prompt=add_generation_prompt,
-                strftime_now=lambda style: (self.today or datetime.now()).strftime(style),
-                **self.special_tokens,
-            )
-        except jinja2.TemplateError as error:
-            raise PromptError(f"the chat template refuses these messages: {error}") from error
+        return chat_template.render(
+            self.chat_template,
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            strftime_now=lambda style: (self.today or datetime.now()).strftime(style),
+            tools=tools,
+            special_tokens=self.special_tokens,
+        )
 
     def turn_end(self) -> int | None:
         """The special token that the chat template ends the assistant's turn with; None where it writes none."""
@@ -165,27 +166,42 @@ class Tokenizer:
         return after[0] if after and after[0] in self.special_ids.values() else None
 
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Any] | None = None,
     ) -> list[int]:
         """The ids of `render_chat(...)`. The template writes its own BOS; none is added. Raises as `render_chat`."""
-        text = self.render_chat(messages, add_generation_prompt=add_generation_prompt)
+        text = self.render_chat(messages, add_generation_prompt=add_generation_prompt, tools=tools)
         return self._encoded(text, add_special_tokens=False).ids
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[list[int], list[bool]]:
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Any] | None = None
+    ) -> tuple[list[int], list[bool]]:
         """A whole conversation's ids, and for each whether the assistant says it: the loss mask.
 
         The template's own `{% generation %}` blocks decide, where it has them. Otherwise an assistant turn is what the
-        template adds to the rendering that ends with the opening of the answer, up to and including the EOS.
+        template adds to the rendering that ends with the opening of the answer, up to and including the EOS. A turn of
+        `"weight": 0` is not said.
 
         Raises:
           PromptError: as `render_chat`; a conversation that begins with the assistant; or a template without such
             blocks whose text changes when turns are added, so that no turn can be told apart.
         """
-        text, spans = _without_marks(self._marked(messages, False))
+        text, spans = chat_template.without_marks(self._marked(messages, False, tools))
         own = bool(spans)
         if not own:
-            spans = self._turns(messages, text)
-        encoding = self._encoded(text, add_special_tokens=False)
+            spans = self._turns(messages, text, tools)
+        turns = [message for message in messages if message["role"] == "assistant"]
+        if any("weight" in turn for turn in turns):
+            if len(spans) != len(turns):
+                raise PromptError(
+                    f"the chat template marks {len(spans)} spans for {len(turns)} assistant turns, so that their "
+                    "weights cannot be told apart; leave weight out."
+                )
+            spans = [span for span, turn in zip(spans, turns, strict=True) if turn.get("weight", 1)]
+        encoding = self._untrimmed.encode(text, add_special_tokens=False)
         said = [False] * len(encoding.ids)
         for begin, end in spans:
             inside = [i for i, (a, b) in enumerate(encoding.offsets) if a < end and b > begin and a < b]
@@ -194,15 +210,24 @@ class Tokenizer:
                 said[i] = own or not stops or i <= stops[-1]
         return encoding.ids, said
 
-    def _turns(self, messages: Sequence[Mapping[str, str]], text: str) -> list[tuple[int, int]]:
+    @functools.cached_property
+    def _untrimmed(self) -> tokenizers.Tokenizer:
+        # Post-processors may trim spaces off the offsets, after which a token of spaces has none.
+        copy = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        copy.post_processor = None
+        return copy
+
+    def _turns(
+        self, messages: Sequence[Mapping[str, Any]], text: str, tools: Sequence[Any] | None
+    ) -> list[tuple[int, int]]:
         spans = []
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
             if i == 0:
                 raise PromptError("the conversation begins with the assistant; put what it answers before it.")
-            before = self.render_chat(messages[:i])
-            after = self.render_chat(messages[: i + 1], add_generation_prompt=False)
+            before = self.render_chat(messages[:i], tools=tools)
+            after = self.render_chat(messages[: i + 1], add_generation_prompt=False, tools=tools)
             if not (after.startswith(before) and text.startswith(after)):
                 raise PromptError(
                     f"the chat template writes the conversation differently once message {i} is added, so that the "
@@ -224,37 +249,15 @@ class Tokenizer:
 
     @classmethod
     def from_hf(cls, directory: Path, eos_token_ids: Sequence[int]) -> "Tokenizer | None":
-        """Reads `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`; None where the first is missing.
+        """Reads `tokenizer.json` and the files beside it (`hf_tokenizer.read`); None where the first is missing.
 
         Raises:
-          CheckpointError: a `tokenizer.json` that tokenizers cannot read, or a damaged `tokenizer_config.json`.
+          CheckpointError: files that cannot be read, or that contradict each other.
         """
-        file = directory / "tokenizer.json"
-        if not file.exists():
+        made = hf_tokenizer.read(directory)
+        if made is None:
             return None
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # tokenizers raises nothing narrower
-            raise CheckpointError(f"{file} cannot be read by tokenizers {tokenizers.__version__}: {error}") from error
-        backend.no_truncation()  # limits that were in force when the file was written
-        backend.no_padding()
-        settings = directory / "tokenizer_config.json"
-        try:
-            config = json.loads(settings.read_text("utf-8")) if settings.exists() else {}
-            config.items()
-        except (ValueError, AttributeError) as error:
-            raise CheckpointError(f"{settings} is not a JSON object ({error}); is the download complete?") from error
-        template = config.get("chat_template")
-        if isinstance(template, list):  # several by name
-            template = next((t["template"] for t in template if t["name"] == "default"), None)
-        jinja_file = directory / "chat_template.jinja"
-        if jinja_file.exists():
-            template = jinja_file.read_text("utf-8")
-        special = {}
-        for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
-            value = config.get(name)
-            if value is not None:
-                special[name] = value["content"] if isinstance(value, Mapping) else value
+        backend, special, template = made
         return cls(backend, chat_template=template, special_tokens=special, eos_token_ids=eos_token_ids)
 
     @classmethod
@@ -265,195 +268,30 @@ class Tokenizer:
           CheckpointError: a tokenizer model or pre-tokenizer that is not supported, or one of which parts are missing
             or do not fit one another.
         """
-        kind, pre = metadata.get("tokenizer.ggml.model", "none"), metadata.get("tokenizer.ggml.pre")
-        if kind == "none":
+        made = gguf_tokenizer.read(metadata)
+        if made is None:
             return None
-        if kind not in ("gpt2", "llama"):
-            raise CheckpointError(
-                f"tokenizer.ggml.model is {kind!r}; supported are 'gpt2' (byte-level BPE) and 'llama' (SentencePiece). "
-                "Load the Hugging Face checkpoint of this model instead."
-            )
-        for part in ("tokens", "merges" if kind == "gpt2" else "scores"):
-            if f"tokenizer.ggml.{part}" not in metadata:
-                raise CheckpointError(f"the GGUF metadata lacks tokenizer.ggml.{part}, which tokenizer {kind!r} needs.")
-        tokens: list[str] = metadata["tokenizer.ggml.tokens"]
-        for part in ("token_type", *(["scores"] if kind == "llama" else [])):
-            values = metadata.get(f"tokenizer.ggml.{part}", tokens)
-            if not isinstance(values, Sequence) or len(values) != len(tokens):
-                length = len(values) if isinstance(values, Sequence) else "no"
-                raise CheckpointError(
-                    f"tokenizer.ggml.{part} has {length} entries ({reprlib.repr(values)}); expected {len(tokens)}, one "
-                    "for each of tokenizer.ggml.tokens. Convert the model again."
-                )
-        metadata = _without_padding(metadata)
-        tokens = metadata["tokenizer.ggml.tokens"]
-        backend = _byte_level(metadata, pre) if kind == "gpt2" else _sentencepiece(metadata)
-        types = metadata.get("tokenizer.ggml.token_type", [TokenType.NORMAL] * len(tokens))
-        for token, role in zip(tokens, types, strict=True):
-            if role in (TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED):
-                backend.add_tokens([AddedToken(token, special=role != TokenType.USER_DEFINED, normalized=False)])
-        special = {}
-        for key in ("bos", "eos", "padding", "unknown"):
-            if metadata.get(f"tokenizer.ggml.{key}_token_id") is not None:
-                special[f"{key[:3]}_token"] = tokens[_special_id(metadata, key)]
-        adds_bos = metadata.get("tokenizer.ggml.add_bos_token", kind == "llama" or pre in _LLAMA3)
-        adds_eos = metadata.get("tokenizer.ggml.add_eos_token", False)
-        before = [special["bos_token"]] if adds_bos and "bos_token" in special else []
-        after = [special["eos_token"]] if adds_eos and "eos_token" in special else []
-        if before or after:
-            ids = [(token, tokens.index(token)) for token in dict.fromkeys(before + after)]
-            backend.post_processor = processors.TemplateProcessing(single=[*before, "$A", *after], special_tokens=ids)
+        backend, special = made
         return cls(
             backend,
-            chat_template=metadata.get("tokenizer.chat_template"),
+            chat_template=hf_tokenizer.template_in(
+                metadata.get("tokenizer.chat_template"), "the GGUF metadata's tokenizer.chat_template"
+            ),
             special_tokens=special,
             eos_token_ids=eos_token_ids,
         )
 
 
-PADDING = re.compile(r"\[PAD\d*\]|\[unused\d+\]|<\|?(reserved|extra|unused|dummy)[^<>]*>", re.IGNORECASE)
-
-
-def _without_padding(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Without the rows at the end that a converter added so that their number is a round one: they are no tokens."""
-    names = [f"tokenizer.ggml.{part}" for part in ("tokens", "token_type", "scores")]
-    tokens, types = metadata[names[0]], metadata.get(names[1])
-    end = len(tokens)
-    while end and (tokens[end - 1] == f"[PAD{end - 1}]" or (types and types[end - 1] == TokenType.UNUSED)):
-        end -= 1
-    return {**metadata, **{name: metadata[name][:end] for name in names if name in metadata}}
-
-
-# Where words are cut before merging, by `tokenizer.ggml.pre`. GPT-2's own rule is built into `ByteLevel`.
-_LLAMA3_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_QWEN2_WORDS = _LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}")
-_GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
-# By the names that llama.cpp knows for tokenizers of the architectures that can be loaded; cut one after the other.
-_LLAMA3, _QWEN2 = ("llama-bpe", "llama3", "llama-v3"), ("qwen2", "deepseek-r1-qwen")
-_CUTS = {
-    "gpt-2": (_GPT2_WORDS,),
-    "smollm": (r"\p{N}", _GPT2_WORDS),
-    "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2_WORDS, r"\p{N}+", r"[0-9][0-9][0-9]"),
-    **dict.fromkeys(_LLAMA3, (_LLAMA3_WORDS,)),
-    **dict.fromkeys(_QWEN2, (_QWEN2_WORDS,)),
-}
-
-
-def _pre_tokenizer(pre: str | None) -> pre_tokenizers.PreTokenizer:
-    if pre not in _CUTS:
-        *others, last = sorted(map(repr, _CUTS))
-        raise CheckpointError(
-            f"tokenizer.ggml.pre is {pre!r}; supported are {', '.join(others)} and {last}. Load the Hugging Face "
-            "checkpoint of this model instead."
-        )
-    splits = [pre_tokenizers.Split(Regex(words), "isolated") for words in _CUTS[pre]]
-    return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-
-
-def _special_id(metadata: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    name, count = f"tokenizer.ggml.{key}_token_id", len(metadata["tokenizer.ggml.tokens"])
-    token_id = metadata.get(name, default)
-    if not is_whole(token_id) or not 0 <= token_id < count:
-        raise CheckpointError(
-            f"{name} is {token_id!r}; expected an id from 0 to {count - 1}, as tokenizer.ggml.tokens has {count} "
-            "entries. Convert the model again."
-        )
-    return token_id
-
-
-def _byte_level(metadata: Mapping[str, Any], pre: str | None) -> tokenizers.Tokenizer:
-    vocab = {token: i for i, token in enumerate(metadata["tokenizer.ggml.tokens"])}
-    merges = []
-    for pair in metadata["tokenizer.ggml.merges"]:
-        a, space, b = pair.partition(" ")
-        if not (space and a in vocab and b in vocab and a + b in vocab):
-            raise CheckpointError(
-                f"tokenizer.ggml.merges has {pair!r}; expected two of tokenizer.ggml.tokens with a space between them, "
-                "which together make a third. Convert the model again."
-            )
-        merges.append((a, b))
-    # Llama 3 takes a word that is in the vocabulary whole, whatever the merges say.
-    backend = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=pre in _LLAMA3))
-    if pre in _QWEN2:
-        backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = _pre_tokenizer(pre)
-    backend.decoder = decoders.ByteLevel()
-    return backend
-
-
-def _sentencepiece(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    """SentencePiece BPE (Llama 1 and 2, Mistral): scores instead of merges, the best score merges first."""
-    tokens, scores = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.scores"]
-    vocab = {token: i for i, token in enumerate(tokens)}
-    merges = []
-    for token, i in vocab.items():
-        cuts = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
-        merges += [(-scores[i], vocab[a], vocab[b], a, b) for a, b in cuts if a in vocab and b in vocab]
-    unknown = tokens[_special_id(metadata, "unknown", 0)]
-    pairs = [(a, b) for *_, a, b in sorted(merges)]
-    backend = tokenizers.Tokenizer(models.BPE(vocab, pairs, unk_token=unknown, fuse_unk=True, byte_fallback=True))
-    prefix = [normalizers.Prepend("▁")] if metadata.get("tokenizer.ggml.add_space_prefix", True) else []
-    backend.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
-    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
-    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
-    return backend
+def _holds_a_mark(value: Any) -> bool:
+    """Somewhere in what a template may print."""
+    if isinstance(value, str):
+        return chat_template.OPEN in value or chat_template.CLOSE in value
+    if isinstance(value, Mapping):
+        return any(map(_holds_a_mark, (*value.keys(), *value.values())))
+    return isinstance(value, list | tuple) and any(map(_holds_a_mark, value))
 
 
 def common_beginning(a: str, b: str) -> str:
     """The longest text that both begin with."""
     different = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
     return a[: next(different, min(len(a), len(b)))]
-
-
-_OPEN, _CLOSE = "\ufdd0", "\ufdd1"  # noncharacters, which Unicode keeps for such internal use
-_MESSAGE = "{'role': ..., 'content': ...}"
-
-
-class _GenerationBlocks(jinja2.ext.Extension):
-    """`{% generation %}`: what the template writes inside is the assistant's."""
-
-    tags: ClassVar[set[str]] = {"generation"}  # type: ignore[misc]
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
-
-    def _mark(self, caller: Callable[[], str]) -> str:
-        return f"{_OPEN}{caller()}{_CLOSE}"
-
-
-def _without_marks(marked: str) -> tuple[str, list[tuple[int, int]]]:
-    """The text, and where in it the marked spans are."""
-    text, spans = "", []
-    for part in marked.split(_OPEN):
-        inside, closed, outside = part.partition(_CLOSE)
-        if closed:
-            spans.append((len(text), len(text) + len(inside)))
-        text += inside + outside
-    return text, spans
-
-
-@functools.lru_cache(maxsize=8)
-def _template(source: str) -> jinja2.Template:
-    return _environment().from_string(source)
-
-
-def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    """transformers' dialect of jinja2; templates come with the checkpoint, so they run in the sandbox."""
-
-    def raise_exception(message: str) -> NoReturn:
-        raise jinja2.TemplateError(message)
-
-    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)  # jinja2's own filter escapes HTML
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationBlocks]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    return environment

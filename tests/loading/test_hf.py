@@ -158,7 +158,7 @@ def test_a_tied_model_may_store_either_name(params, tmp_path):
     _equal(loaded, params)
     assert found.tie_word_embeddings
     _rewrite(tmp_path, lambda tensors: tensors.pop("lm_head.weight"))
-    with pytest.raises(CheckpointError, match="missing: model.embed_tokens.weight"):
+    with pytest.raises(CheckpointError, match=r"missing: model\.embed_tokens\.weight"):
         load_hf(tmp_path, jnp.float32)
 
 

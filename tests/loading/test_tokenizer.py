@@ -12,9 +12,11 @@ from conftest import TEMPLATE
 from gguf import TokenType
 from tokenizers import models, pre_tokenizers, processors
 
-from specjax.errors import CheckpointError, PromptError
+from specjax.errors import CheckpointError, ConfigError, PromptError
+from specjax.loading.gguf_tokenizer import _pre_tokenizer
 from specjax.loading.load import load_model
-from specjax.loading.tokenizer import Tokenizer, _pre_tokenizer
+from specjax.loading.tokenizer import Tokenizer
+from specjax.target.families import config_from_gguf
 
 USER = {"role": "user", "content": "x"}
 CHATML = "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>{% endfor %}"
@@ -230,3 +232,144 @@ def test_damaged_settings_are_refused(tmp_path, content):
     (tmp_path / "tokenizer_config.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"tokenizer_config\.json.*download complete"):
         Tokenizer.from_hf(tmp_path, ())
+
+
+def _chat_gguf(eos, **more):
+    """A chat model's: what ends a text, a message and a turn, and a word that is unknown."""
+    tokens = ["a", "b", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|eom_id|>", "<|other|>", "Ċ"]
+    kinds = [TokenType.NORMAL] * 2 + [TokenType.CONTROL] * 5 + [TokenType.NORMAL]
+    return {
+        "general.architecture": "llama", "llama.vocab_size": len(tokens), "llama.embedding_length": 32,
+        "llama.feed_forward_length": 48, "llama.block_count": 2, "llama.attention.head_count": 4,
+        "llama.attention.layer_norm_rms_epsilon": 1e-5, "llama.context_length": 64,
+        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": kinds, "tokenizer.ggml.merges": [], "tokenizer.ggml.eos_token_id": eos,
+        "tokenizer.chat_template": IM,
+    } | {f"tokenizer.{key}": value for key, value in more.items()}  # fmt: skip
+
+
+IM = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>\n{% endfor %}"
+
+
+def test_gguf_models_stop_where_their_hugging_face_files_do():
+    """At what the metadata name, and at the control tokens that are known to end something, in a chat model alone."""
+    assert set(config_from_gguf(_chat_gguf(2), tied=True).eos_token_ids) == {2, 4, 5}
+    assert config_from_gguf(_chat_gguf(4), tied=True).eos_token_ids[0] == 4
+    named = {"ggml.eot_token_id": 4, "ggml.eom_token_id": 5, "chat_template": None}
+    assert config_from_gguf(_chat_gguf(2, **named), tied=True).eos_token_ids == (2, 4, 5)
+    assert config_from_gguf(_chat_gguf(2, chat_template=None), tied=True).eos_token_ids == (2,)
+    # SmolLM2's <|endoftext|> is its unknown word, and its Hugging Face files do not stop there.
+    assert set(config_from_gguf(_chat_gguf(4, **{"ggml.unknown_token_id": 2}), tied=True).eos_token_ids) == {4, 5}
+    with pytest.raises(ConfigError, match="eos_token_ids has 8; expected ids from 0 to 7"):
+        config_from_gguf(_chat_gguf(8), tied=True)
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [
+        (IM, 4),
+        (IM.replace("<|im_end|>", "<|other|>"), 6),  # a name that nobody knows
+        (IM.replace("<|im_end|>", " <|other|>"), 6),
+        (IM.replace("<|im_end|>", "b"), None),
+        ("{{ raise_exception('only one turn') }}", None),
+        (None, None),
+    ],
+)
+def test_what_a_template_ends_a_turn_with(template, end):
+    assert Tokenizer.from_gguf(_chat_gguf(2, chat_template=template), ()).turn_end() == end
+
+
+def test_rows_that_a_converter_added_are_no_tokens():
+    metadata = _byte_level()
+    more = metadata | {
+        "tokenizer.ggml.tokens": [*metadata["tokenizer.ggml.tokens"], "x", "[PAD10]", "[PAD11]"],
+        "tokenizer.ggml.token_type": [*metadata["tokenizer.ggml.token_type"], TokenType.UNUSED, 1, 1],
+    }
+    padded, plain = (Tokenizer.from_gguf(one, ()) for one in (more, metadata))
+    assert padded.backend.get_vocab() == plain.backend.get_vocab()
+    assert padded.vocab_size == 9
+    # Where the metadata call one by name it stays, with all before it.
+    assert Tokenizer.from_gguf(more | {"tokenizer.ggml.padding_token_id": 10}, ()).vocab_size == 11
+    # What stands among tokens is one.
+    among = more | {"tokenizer.ggml.token_type": [TokenType.UNUSED] * 9 + [TokenType.NORMAL] * 3}
+    assert Tokenizer.from_gguf(among, ()).vocab_size == 10
+
+
+SIDE = {
+    "added_tokens.json": {"<|im_start|>": 6, "<|im_end|>": 7},
+    "special_tokens_map.json": {
+        "bos_token": "<|im_start|>",
+        "eos_token": {"content": "<|im_end|>", "lstrip": False},
+        "additional_special_tokens": ["<|im_start|>", {"content": "hi"}],
+    },
+}
+DECODER = {"6": {"content": "<|im_start|>", "special": True}, "7": {"content": "<|im_end|>", "special": True}}
+
+
+def _beside(directory, files):
+    for name, content in files.items():
+        (directory / name).write_text(json.dumps(content))
+    return Tokenizer.from_hf(directory, ())
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        SIDE,
+        {"tokenizer_config.json": {"added_tokens_decoder": DECODER, "bos_token": "<|im_start|>",
+                                   "eos_token": "<|im_end|>", "extra_special_tokens": {"greeting": "hi"}}},
+        {"added_tokens.json": SIDE["added_tokens.json"], "special_tokens_map.json": SIDE["special_tokens_map.json"],
+         "tokenizer_config.json": {"bos_token": None, "additional_special_tokens": ["hi"]}},
+    ],
+)  # fmt: skip
+def test_tokens_that_only_files_beside_name(hf_directory, files):
+    (hf_directory / "tokenizer_config.json").unlink()
+    tokenizer = _beside(hf_directory, files)
+    assert tokenizer.encode("you<|im_start|>hi<|im_end|>")[1:] == [3, 6, 2, 7]
+    assert {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}.items() <= tokenizer.special_tokens.items()
+    assert tokenizer.decode([3, 6, 2, 7]) == "you"
+    assert {"<|im_start|>": 6, "<|im_end|>": 7, "hi": 2}.items() <= tokenizer.special_ids.items()
+    tokenizer.chat_template = "{{ bos_token }}{{ messages[0].content }}"
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "you"}]) == [6, 3]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"added_tokens.json": {"you": 6}}, r"contradict each other: they give 'you' the id 6.*'you' at 3"),
+        ({"added_tokens.json": {"<new>": 3}}, r"give '<new>' the id 3, and tokenizer.json has 'you' there"),
+        ({"added_tokens.json": {"<new>": 9}}, "ids between are missing"),
+        ({"added_tokens.json": {"<new>": "6"}}, "the id '6'; expected a whole number"),
+        ({"added_tokens.json": ["<new>"]}, "is not a JSON object"),
+        ({"special_tokens_map.json": {"bos_token": 3}}, r"special_tokens_map\.json has bos_token 3; expected a text"),
+        ({"special_tokens_map.json": {"bos_token": {"text": "x"}}}, "expected a text, or an object with its content"),
+        ({"special_tokens_map.json": {"additional_special_tokens": [3]}}, "additional_special_tokens 3"),
+        (
+            {"tokenizer_config.json": {"added_tokens_decoder": {"x": {"content": "<new>"}}}},
+            "expected an id with a token",
+        ),
+        ({"tokenizer_config.json": {"added_tokens_decoder": {"6": {}}}}, "added_tokens_decoder 6 {}; expected a text"),
+        ({"tokenizer_config.json": {"added_tokens_decoder": [1]}}, "expected an object"),
+        ({"tokenizer_config.json": {"eos_token": ["</s>"]}}, r"eos_token \['</s>'\]"),
+    ],
+)
+def test_files_that_contradict_each_other(hf_directory, files, message):
+    with pytest.raises(CheckpointError, match=message):
+        _beside(hf_directory, files)
+
+
+def test_a_token_of_spaces_is_learned():
+    """Post-processors may trim spaces off the offsets."""
+    backend = tokenizers.Tokenizer(models.BPE({"a": 0, "Ġ": 1, "b": 2}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.post_processor = processors.ByteLevel(trim_offsets=True)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(["<s>", "<end>"])
+    for marked in ("{{ m.content }}<end>", "{% generation %}{{ m.content }}<end>{% endgeneration %}"):
+        template = "{% for m in messages %}{% if m.role == 'user' %}<s>{{ m.content }}{% else %}" + marked
+        tokenizer = Tokenizer(backend, chat_template=template + "{% endif %}{% endfor %}", eos_token_ids=(4,))
+        ids, said = tokenizer.encode_chat(
+            [{"role": "user", "content": "b"}, {"role": "assistant", "content": "a  b  "}]
+        )
+        assert ids == [3, 2, 0, 1, 1, 2, 1, 1, 4]
+        assert said == [False] * 2 + [True] * 7

@@ -309,3 +309,63 @@ def test_generation_config_ends_the_answer(tmp_path):
     assert load_model(tmp_path).config.eos_token_ids == (7,)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
     assert load_model(tmp_path).config.eos_token_ids == (7, 9)
+
+
+def _backend(kind, trimmed):
+    """Byte-level, or falling back to bytes, with a few merges and two markers."""
+    if kind == "bytes":
+        alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+        vocab = {c: i for i, c in enumerate([*alphabet, "ĠĠ", "ab", "Ġa"])}
+        backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [("Ġ", "Ġ"), ("a", "b"), ("Ġ", "a")]))
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind == "words")
+        backend.post_processor = tokenizers.processors.ByteLevel(trim_offsets=trimmed)
+        backend.decoder = tokenizers.decoders.ByteLevel()
+    else:
+        pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "▁a", "▁▁", "▁▁▁▁"]
+        merges = [("▁", "a"), ("▁", "▁"), ("▁▁", "▁▁")]
+        vocab = {token: i for i, token in enumerate(pieces)}
+        model = tokenizers.models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+        backend = tokenizers.Tokenizer(model)
+        backend.normalizer = tokenizers.normalizers.Replace(" ", "▁")
+        backend.decoder = tokenizers.decoders.Sequence(
+            [tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()]
+        )
+    backend.add_special_tokens(["<s>", "<end>"])
+    return backend
+
+
+@pytest.mark.parametrize("kind", ["bytes", "fallback"])
+@pytest.mark.parametrize("seed", range(20))
+def test_the_loss_mask_is_transformers(kind, seed):
+    """Over templates and chats made at random, spaces in any number among them.
+
+    Turns end in a letter: of a last character of several tokens transformers marks the first one alone.
+    """
+    rng = np.random.default_rng(seed)
+
+    def text(least=0):
+        return "".join(rng.choice(["a", "b", " ", "  ", "\n", "é", "🙂", "ab a"], rng.integers(least, 8)))
+
+    # Not `before` a space alone, where a token would be half the assistant's.
+    opening, inside, after = (
+        rng.choice(["<s>", "b", "<s>\n"]),
+        rng.choice(["", "<end>", "<end>\n"]),
+        rng.choice(["", "<s>"]),
+    )
+    turn = "{% generation %}{{ m.content }}" + inside + "{% endgeneration %}" + after
+    template = (
+        "{% for m in messages %}" + opening + "{% if m.role == 'assistant' %}" + turn
+        + "{% else %}{{ m.content }}<end>{% endif %}{% endfor %}"
+    )  # fmt: skip
+    chat = [
+        {"role": role, "content": text(1) if role == "user" else f"a{text()}b"}
+        for _ in range(rng.integers(1, 4))
+        for role in ("user", "assistant")
+    ]
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=_backend(kind, False), chat_template=template)
+    told = theirs.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
+    for trimmed in (False, True):
+        ours = Tokenizer(_backend(kind, trimmed), chat_template=template)
+        ids, said = ours.encode_chat(chat)
+        assert ids == told["input_ids"]
+        assert list(map(int, said)) == told["assistant_masks"]
