@@ -103,7 +103,7 @@ def make_corpus(model: Model, data: Corpus, console: Console, *, features: bool 
     elif not Path(data.prompts).exists():
         raise DataError(f"prompts is {data.prompts!r}; expected a JSONL file that exists, or one of {_SOURCES}.")
     else:
-        asked = read_prompts(data.prompts)
+        asked = read_prompts(data.prompts, console.print)
         if len(asked) > shards * size:
             console.print(
                 f"{data.prompts} has {len(asked)} different prompts, {shards} shards take the first {shards * size}: "

@@ -86,7 +86,7 @@ def sharegpt(messages):
 def test_both_formats_give_the_same_conversations(tmp_path):
     file = tmp_path / "c.jsonl"
     file.write_text(json.dumps({"messages": CHAT}) + "\n\n" + json.dumps(sharegpt(CHAT)) + "\n", "utf-8")
-    assert read_chats(file) == [(f"{file}:1", CHAT), (f"{file}:3", CHAT)]
+    assert read_chats(file) == [(f"{file}:1", CHAT, None), (f"{file}:3", CHAT, None)]
     tokenizer = byte_tokenizer(CHATML, ("<|s|>", "<|e|>"), eos="<|e|>")
     one, two = read_conversations(file, tokenizer, max_tokens=500)
     np.testing.assert_array_equal(one.answer, two.answer)
@@ -224,7 +224,13 @@ def test_a_chat_of_which_everything_is_trained_on_is_left_out(tmp_path):
         ('{"text": "a"}', r"has the keys \['text'\]"),
         ('{"messages": []}', "at least one turn"),
         ('{"messages": ["hi"]}', "turn 0 has role None"),
-        ('{"messages": [{"role": "tool", "content": "x"}]}', "role 'tool'"),
+        ('{"messages": [{"role": "critic", "content": "x"}]}', "role 'critic'"),
+        ('{"messages": [{"role": "assistant", "content": "x", "weight": 0.5}]}', "weight 0.5; expected 0"),
+        ('{"messages": [{"role": "assistant", "content": "", "tool_calls": []}]}', "content ''; expected a text"),
+        ('{"messages": [{"role": "user", "content": "x"}], "system": 3}', "system 3; expected a text"),
+        ('{"messages": [{"role": "system", "content": "x"}], "system": "y"}', "two system prompts"),
+        ('{"messages": [{"role": "user", "content": "x"}], "tools": "["}', "tools that are no JSON"),
+        ('{"messages": [{"role": "user", "content": "x"}], "tools": {"a": 1}}', "expected a list of descriptions"),
         ('{"conversations": [{"from": "human", "value": " "}]}', "value ' '"),
         ('{"messages": [{"role": "user", "content": [1]}]}', r"content \[1\]"),
         ('{"messages": [{"role": "user", "content": "x"}]}', "no assistant turn"),
@@ -236,6 +242,52 @@ def test_malformed_lines_are_named(tmp_path, line, message):
     file.write_text(json.dumps({"messages": CHAT}) + "\n" + line + "\n")
     with pytest.raises(sj.DataError, match=rf"c\.jsonl:2.*{message}"):
         read_conversations(file, byte_tokenizer(CHATML, ("<|s|>", "<|e|>"), eos="<|e|>"), max_tokens=500)
+
+
+WITH_TOOLS = CHATML.replace("m['content']", "(m['content'] or '') + ((m['tool_calls'] or '') | string)").replace(
+    "{% for m", "{% if tools %}{{ tools[0].name }}{% endif %}{% for m", 1
+)
+
+
+def test_what_a_line_says_beside_its_texts(tmp_path):
+    """The template gets it; what it does not write is counted."""
+    file, lines = tmp_path / "c.jsonl", []
+    called = {"role": "assistant", "content": None, "tool_calls": ["f"], "reasoning_content": "hm"}
+    chat = [{"role": "user", "content": "hi"}, called, {"role": "tool", "content": "3"}, CHAT[2]]
+    record = {"system": "Be brief.", "messages": chat, "tools": [{"name": "look"}], "id": 7}
+    file.write_text("\n".join(map(json.dumps, (record, {**record, "tools": json.dumps(record["tools"])}))))
+    special = ("<|s|>", "<|e|>")
+    full = byte_tokenizer(WITH_TOOLS, special, eos="<|e|>")
+    first, second = read_conversations(file, full, max_tokens=500, report=lines.append)
+    np.testing.assert_array_equal(first.answer, second.answer)
+    text = full.decode(first.prompt, skip_special_tokens=False)
+    assert text == "look<|s|>system\nBe brief.<|e|>\n<|s|>user\nhi<|e|>\n<|s|>assistant\n"
+    assert full.decode(first.answer).startswith("['f']")
+    assert lines == [
+        f"{file}: 2 turns have 'reasoning_content', which the chat template does not write: it is left out"
+    ]
+    lines.clear()
+    plain = byte_tokenizer(CHATML.replace("m['content']", "(m['content'] or '')"), special, eos="<|e|>")
+    read_conversations(file, plain, max_tokens=500, report=lines.append)
+    told = [line.removeprefix(f"{file}: ").partition(",")[0] for line in lines]
+    assert told == ["2 turns have 'reasoning_content'", "2 turns have 'tool_calls'", "2 chats have 'tools'"]
+    lines.clear()
+    assert read_prompts(file, lines.append) == [[{"role": "system", "content": "Be brief."}, chat[0]]]
+    assert lines == [f"{file}: 2 chats have tools, which are left out of their prompts"]
+
+
+@pytest.mark.parametrize("template", [CHATML, BLOCKS])
+def test_a_turn_of_no_weight_is_not_learned(tmp_path, template):
+    tokenizer, file = byte_tokenizer(template, ("<|s|>", "<|e|>"), eos="<|e|>"), tmp_path / "c.jsonl"
+    for weights, spoken in (((0, 1), "no<|e|>"), ((1, 0), "Hé, you<|e|>"), ((1, 1), "Hé, you<|e|>no<|e|>")):
+        told = iter(weights)
+        chat = [m | {"weight": next(told)} if m["role"] == "assistant" else m for m in CHAT]
+        file.write_text(json.dumps({"messages": chat}))
+        (item,) = read_conversations(file, tokenizer, max_tokens=500)
+        assert tokenizer.decode(item.answer[item.mask], skip_special_tokens=False) == spoken
+    file.write_text(json.dumps({"messages": [m | {"weight": 0} for m in CHAT]}))
+    with pytest.raises(sj.DataError, match="no chat in"):
+        read_conversations(file, tokenizer, max_tokens=500)
 
 
 def test_files_that_hold_nothing(tmp_path):
