@@ -113,7 +113,7 @@ class Sample:
     def __call__(self, logits: Float[Array, "M V"], proposal: Proposal, tree: Tree, key: jax.Array) -> Verdict:
         warped = self.sampling.warp(logits)
         if proposal.log_q is None or tree.max_depth == 0:
-            noise = jax.random.gumbel(key, (tree.max_depth + 1, warped.shape[-1]))
+            noise = jax.random.gumbel(key, (tree.max_depth + 1, warped.shape[-1]), warped.dtype)
             return _follow(ops.top_token(warped + noise[tree.depths]), proposal.tokens, tree)
         return _walk_siblings(jax.nn.softmax(warped, axis=-1), proposal.tokens, jnp.exp(proposal.log_q), tree, key)
 
@@ -123,8 +123,8 @@ def _walk_siblings(
 ) -> Verdict:
     # Every node judges its children as if the walk came by, all nodes at once; the path through them is read off after.
     uniform_key, bonus_key = jax.random.split(key)
-    uniform = jax.random.uniform(uniform_key, tokens.shape)
-    chosen = jnp.full(tokens.shape, -1)  # the child that each node goes on to
+    uniform = jax.random.uniform(uniform_key, tokens.shape, p.dtype)
+    chosen = jnp.full(tokens.shape, -1, jnp.int32)  # the child that each node goes on to
     for child in tree.child_table.T:  # the first children of all nodes, then the second ones, ...
         there = jnp.asarray(child >= 0) & (tokens[child] != NO_DRAFT) & (chosen < 0)
         x = jnp.maximum(tokens[child], 0)[:, None]
@@ -136,7 +136,7 @@ def _walk_siblings(
         rejected = there & ~accepted
         p = jnp.where(rejected[:, None] & (mass > 0), residual / jnp.where(mass > 0, mass, 1.0), p)
         chosen = jnp.where(accepted, child, chosen)
-    passes = chosen[_parents(tree)] == jnp.arange(tree.size)
+    passes = chosen[_parents(tree)] == jnp.arange(tree.size, dtype=jnp.int32)
     node = _deepest(_on_accepted_path(passes, tree), tree)
     return Verdict(node, jnp.asarray(tree.depths)[node], draw(jnp.log(p[node]), bonus_key))
 

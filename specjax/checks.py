@@ -33,7 +33,8 @@ def check_implements(value: Any, protocol: type, examples: str, inherited: Seque
       inherited: members for which the protocol itself will do.
 
     Raises:
-      ConfigError: a class in place of an instance, or an object without some members of the protocol.
+      ConfigError: a class in place of an instance, an object without some members of the protocol, or with a method
+        that does not take what it is given.
     """
     name = protocol.__name__
     if isinstance(value, type):
@@ -51,3 +52,23 @@ def check_implements(value: Any, protocol: type, examples: str, inherited: Seque
         raise ConfigError(
             f"{reprlib.repr(value)} is no {name}: it lacks {', '.join(missing)}. Pass one such as {examples}."
         )
+    for member in wanted:
+        declared = vars(protocol).get(member)
+        if inspect.isfunction(declared):
+            _check_signature(value, member, inspect.signature(declared), name)
+
+
+def _check_signature(value: Any, member: str, declared: inspect.Signature, protocol: str) -> None:
+    _, *expected = declared.parameters.values()  # without self
+    try:
+        own = inspect.signature(getattr(value, member))
+    except (TypeError, ValueError):  # of something that Python cannot tell
+        return
+    by_name = {p.name: None for p in expected if p.kind is p.KEYWORD_ONLY}
+    try:
+        own.bind(*[None for p in expected if p.kind is not p.KEYWORD_ONLY], **by_name)
+    except TypeError as error:
+        told = ", ".join(p.name for p in expected)
+        raise ConfigError(
+            f"{type(value).__name__}.{member} takes {own}, and a {protocol}'s is called with ({told}): {error}."
+        ) from error

@@ -23,6 +23,7 @@ from specjax.loading.load import Model
 from specjax.loop import Plan, State, decode_round, first_token, run_rounds
 from specjax.target.config import ModelConfig
 from specjax.target.model import PREFILL_CHUNK, read
+from specjax.tree import Tree
 
 
 @dataclass(frozen=True)
@@ -235,8 +236,10 @@ def check_request(model: Model, prompts: Sequence[Sequence[int] | np.ndarray], o
     if not is_whole(new) or new < 0:
         raise PromptError(f"max_new_tokens is {new!r}; expected a whole number, 0 or more.")
     drafter.check(model)
+    check_is(drafter.tree, Tree, "the drafter's tree", "make one, such as Tree.chain(4) or Tree.parse(TEXT).")
     for nodes in drafter.subtrees:
         drafter.tree.subtree(nodes)
+    _check_pytree(drafter)
     lengths = np.array([len(prompt) for prompt in checked], np.int32)
     slots = _slots(int(lengths.max()), new, drafter, model, options.get("capacity"))
     tokens = np.zeros((len(checked), slots), np.int32)
@@ -256,6 +259,22 @@ def _check_rules(drafter: Drafter | None, acceptance: Acceptance | None) -> tupl
     except TypeError as error:
         raise ConfigError(f"{acceptance!r} is not hashable; make it a frozen dataclass, as Greedy is.") from error
     return drafter, acceptance
+
+
+def _check_pytree(drafter: Drafter) -> None:
+    """A drafter is an argument of compiled functions: what it holds is arrays, or static."""
+    name = type(drafter).__name__
+    for path, leaf in jax.tree_util.tree_leaves_with_path(drafter):
+        if leaf is drafter:
+            raise ConfigError(
+                f"{name} is no pytree; put @jax.tree_util.register_dataclass and @dataclass(frozen=True) above it."
+            )
+        if not isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float | complex):
+            where = jax.tree_util.keystr(path)
+            raise ConfigError(
+                f"{name}{where} is a {type(leaf).__name__}, no array; what does not change while a program runs is "
+                "static: field(metadata={'static': True})."
+            )
 
 
 def _check_prompt(prompt_ids: Sequence[int] | np.ndarray, config: ModelConfig) -> np.ndarray:

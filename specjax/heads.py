@@ -103,7 +103,7 @@ class MedusaHeads(nn.Module):
             shapes |= {f"kernel_{i}": (c, d, d), f"bias_{i}": (c, d)}
         if self.config.projection == "full":
             shapes |= {f"projection_{i}": (r, d) for i in range(c)}
-        params = {name: self.param(name, zeros, shape) for name, shape in shapes.items()}
+        params = {name: self.param(name, zeros, shape, jnp.float32) for name, shape in shapes.items()}
         return apply_heads(self.config, params, features)
 
 
@@ -173,7 +173,7 @@ def init_heads(config: MedusaConfig, target: Params, token_map: np.ndarray | Non
     vocab, width = target.unembedding.shape
     config.check_target(width, vocab)
     ids = None if token_map is None else jnp.asarray(token_map, jnp.int32)
-    params = MedusaHeads(config).init(jax.random.key(0), jnp.zeros((1, width)))["params"]
+    params = MedusaHeads(config).init(jax.random.key(0), jnp.zeros((1, width), jnp.float32))["params"]
     if config.projection == "full":
         rows = target.unembedding if ids is None else target.unembedding[ids]
         params |= {f"projection_{i}": jnp.array(rows, jnp.float32) for i in range(config.num_heads)}

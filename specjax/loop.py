@@ -119,7 +119,7 @@ def draft_and_verify(plan: Plan, state: State, *, batch_axis: str | None = None)
         misses = (jnp.any(away & (proposal.tokens != NO_DRAFT), axis=1) & ~state.finished).astype(jnp.int32)
         if batch_axis is not None:
             misses = jax.lax.pmax(misses, batch_axis)
-        features, rows, logits = jax.lax.switch(jnp.argmin(misses), branches)
+        features, rows, logits = jax.lax.switch(jnp.argmin(misses).astype(jnp.int32), branches)
     with jax.named_scope("accept"):
         verdict = plan.acceptance(logits, proposal, tree, accept_key)
     return VerifiedDrafts(key, proposal, features, rows, logits, verdict)
@@ -131,7 +131,7 @@ def commit(plan: Plan, state: State, found: VerifiedDrafts) -> State:
     with jax.named_scope("commit"):
         drafted = jnp.maximum(found.proposal.tokens, 0)  # past the accepted ones there may be nodes without a draft
         path = jnp.asarray(drafter.tree.node_paths)[verdict.node]
-        steps = jnp.arange(path.shape[0])
+        steps = jnp.arange(path.shape[0], dtype=jnp.int32)
         # The accepted drafts, then the target's own token; past that garbage.
         fresh = jnp.where(steps == verdict.accepted, verdict.next_token, drafted[jnp.roll(path, -1)])
         budget = jnp.where(state.finished, 0, state.limit - state.length)
@@ -158,7 +158,11 @@ def checked_proposal(proposal: Proposal, root: Int[Array, ""], size: int, vocab:
     Raises:
       ConfigError: a proposal for another tree or vocabulary (its shapes are static).
     """
+    if not isinstance(proposal, Proposal):
+        raise ConfigError(f"the drafter proposed a {type(proposal).__name__}; `propose` gives a Proposal of tokens.")
     tokens, log_q = proposal.tokens, proposal.log_q
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ConfigError(f"the drafter proposed tokens of {tokens.dtype}; they are whole numbers, NO_DRAFT for none.")
     if tokens.shape != (size,) or (log_q is not None and log_q.shape != (size, vocab)):
         laws = "" if log_q is None else f" and laws {log_q.shape}"
         raise ConfigError(
@@ -180,7 +184,7 @@ def verify(plan: Plan, tree: Tree, cache: kv.KVCache, tokens: Int[Array, "M"], s
     nodes, spare = tree.size, size - tree.size
     mask = np.eye(size, dtype=bool)
     mask[:nodes, :nodes] = tree.ancestors
-    positions = cache.length + np.pad(tree.depths, (0, spare))
+    positions = cache.length + np.pad(tree.depths, (0, spare)).astype(np.int32)
     padded = jnp.pad(tokens, (0, spare))
     out = forward(plan.params, plan.config, padded, cache=cache, positions=positions, mask=mask)
     rows = kv.Rows(tuple(k[:, :, :nodes] for k in out.rows.k), tuple(v[:, :nodes] for v in out.rows.v))
@@ -224,7 +228,7 @@ def _cut(
 ) -> tuple[Int[Array, ""], Bool[Array, ""]]:
     """How many of the `count` fresh tokens to commit (up to the first EOS, within the budget), and whether it ends."""
     count = jnp.minimum(count, budget)
-    stops = jnp.isin(fresh, jnp.asarray(eos, jnp.int32)) & (jnp.arange(fresh.shape[0]) < count)
+    stops = jnp.isin(fresh, jnp.asarray(eos, jnp.int32)) & (jnp.arange(fresh.shape[0], dtype=jnp.int32) < count)
     hit = jnp.any(stops)
     count = jnp.where(hit, jnp.argmax(stops).astype(jnp.int32) + 1, count)
     return count, hit | (count == budget)

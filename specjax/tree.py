@@ -11,6 +11,7 @@ Axis letters: M nodes (root included), P root-to-leaf paths, E depth (root exclu
 import functools
 import itertools
 import json
+import operator
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,6 +29,7 @@ from specjax.files import write_atomically
 
 _FORMAT, _VERSION = "specjax.tree", 1
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+MOST_NODES = 4096  # which the target reads at once
 _WORDS = ("chain", "cartesian", "paths", "auto")
 
 
@@ -37,7 +39,7 @@ class Tree:
 
     Raises:
       TreeError: no nodes, a parent that is not before its child, siblings of equal rank, a negative rank, or nodes that
-        are not in breadth-first order.
+        are not in breadth-first order; or more than `MOST_NODES`.
     """
 
     parents: tuple[int, ...]  # [M]; -1 for the root, otherwise a smaller node number
@@ -54,6 +56,7 @@ class Tree:
             raise TreeError(
                 f"there are {len(self.parents)} parents and {len(self.ranks)} ranks; expected one of each per node."
             )
+        _check_size(len(self.parents))
         if self.parents[0] != -1 or self.ranks[0] != 0:
             raise TreeError(
                 f"node 0 has parent {self.parents[0]} and rank {self.ranks[0]}; the root has parent -1 and rank 0."
@@ -182,6 +185,7 @@ class Tree:
         (length,) = _ints([length], "the chain's length")
         if length < 0:
             raise TreeError(f"the chain's length is {length}; expected the number of drafts, 0 or more.")
+        _check_size(length + 1)
         return cls(tuple(range(-1, length)), (0,) * (length + 1), f"chain:{length}")
 
     @classmethod
@@ -190,6 +194,7 @@ class Tree:
         widths = _ints(widths, "widths")
         if any(width < 1 for width in widths):
             raise TreeError(f"the widths are {widths}; expected at least one candidate at every depth.")
+        _check_size(1 + sum(itertools.accumulate(widths, operator.mul)))
         levels = (itertools.product(*map(range, widths[:depth])) for depth in range(1, len(widths) + 1))
         return cls.from_paths(itertools.chain(*levels), "cartesian:" + ",".join(map(str, widths)))
 
@@ -202,7 +207,8 @@ class Tree:
         Raises:
           TreeError: an empty path, a duplicate, a negative rank, or a path whose parent is missing.
         """
-        given = [_ints(path, "a rank path") for path in paths]
+        given = [_ints(path, "a rank path") for path in itertools.islice(paths, MOST_NODES)]
+        _check_size(1 + len(given))
         nodes: dict[tuple[int, ...], int] = {(): 0}
         parents, ranks = [-1], [0]
         for path in sorted(given, key=lambda path: (len(path), path)):
@@ -392,3 +398,8 @@ def _table(rows: Sequence[Sequence[int]], padding: Sequence[int]) -> np.ndarray:
 @functools.cache
 def _published() -> dict[str, Any]:
     return json.loads((resources.files("specjax") / "data" / "trees.json").read_text())
+
+
+def _check_size(nodes: int) -> None:
+    if nodes > MOST_NODES:
+        raise TreeError(f"the tree has {nodes} nodes; a round reads at most {MOST_NODES} at once. Take a smaller one.")

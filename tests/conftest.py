@@ -212,7 +212,9 @@ def noisy_heads(model: sj.Model, heads: int, seed: int = 1) -> sj.Heads:
     """Heads that start from the LM head and are disturbed: sometimes right."""
     made = init_heads(sj.MedusaConfig(heads, model.config.hidden_size, model.config.vocab_size), model.params)
     keys = jax.random.split(jax.random.key(seed), len(made.params))
-    noisy = {n: v + 0.3 * jax.random.normal(k, v.shape) for k, (n, v) in zip(keys, made.params.items(), strict=True)}
+    noisy = {
+        n: v + 0.3 * jax.random.normal(k, v.shape, v.dtype) for k, (n, v) in zip(keys, made.params.items(), strict=True)
+    }
     return dataclasses.replace(made, params=noisy)
 
 

@@ -296,3 +296,9 @@ def test_rank_paths_in_a_word():
         Tree.parse("paths:0,x")
     with pytest.raises(TreeError, match="missing"):
         Tree.parse("paths:0.0")
+
+
+@pytest.mark.parametrize("text", ["cartesian:64,64,64", "chain:1000000000", "cartesian:1000000000"])
+def test_trees_that_no_target_reads_at_once(text):
+    with pytest.raises(TreeError, match="a round reads at most 4096 at once"):
+        Tree.parse(text)

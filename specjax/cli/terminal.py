@@ -8,6 +8,7 @@ from rich.segment import Segment, Segments
 from rich.style import Style
 
 from specjax.decode import Round
+from specjax.errors import SpecJaxError
 from specjax.loading.text_stream import TextStream
 from specjax.loading.tokenizer import Tokenizer
 
@@ -58,6 +59,17 @@ def show(
     No further round is asked for once a stop string has been said; it is not part of the text.
     """
     stream = TextStream(tokenizer, stop)
+    try:
+        _show(rounds, stream, console, shown, colour)
+    except SpecJaxError:  # its message begins a line
+        _print(console, "\n", "")
+        raise
+    rest = stream.finish()
+    shown.text += rest
+    _print(console, rest + "\n", "")
+
+
+def _show(rounds: Iterable[Round], stream: TextStream, console: Console, shown: Shown, colour: bool) -> None:
     for item in rounds:
         shown.tally.add(item)
         for piece, style in (
@@ -68,9 +80,6 @@ def show(
             _print(console, piece, style if colour else "")
         if stream.stopped:
             break
-    rest = stream.finish()
-    shown.text += rest
-    _print(console, rest + "\n", "")
 
 
 def _print(console: Console, text: str, style: str) -> None:

@@ -35,7 +35,7 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     measure.add_argument("--save", type=Path, required=True, metavar="RANKS.npz")
     measure.set_defaults(function=_measure)
 
-    optimise = trees.add_parser("optimise", help="the best tree for recorded ranks")
+    optimise = trees.add_parser("optimise", aliases=["optimize"], help="the best tree for recorded ranks")
     optimise.add_argument("--ranks", type=Path, required=True, help="what `specjax tree measure` saved")
     optimise.add_argument("--search", choices=("walk", "joint", "independent", "sequoia"), default="walk")
     size = optimise.add_mutually_exclusive_group(required=True)

@@ -137,11 +137,11 @@ class DraftModelDrafter(DrafterBase):
             return self
         size, wanted = self.draft.config.vocab_size, target.unembedding.shape[0]
         if self.token_map is None:
-            to_draft = jnp.minimum(jnp.arange(wanted), size - 1)
+            to_draft = jnp.minimum(jnp.arange(wanted, dtype=jnp.int32), size - 1)
         else:
-            rows, ids = jnp.arange(size), self.token_map
+            rows, ids = jnp.arange(size, dtype=jnp.int32), self.token_map
             other = jnp.max(jnp.where(ids < 0, rows, 0))
-            to_draft = jnp.full(wanted, other).at[jnp.where(ids < 0, wanted, ids)].set(rows, mode="drop")
+            to_draft = jnp.full(wanted, other, jnp.int32).at[jnp.where(ids < 0, wanted, ids)].set(rows, mode="drop")
         return replace(self, draft=replace(self.draft, tokenizer=None), to_draft=to_draft)
 
     def init(self, target: Params, context: Context) -> DraftState:
@@ -157,7 +157,7 @@ class DraftModelDrafter(DrafterBase):
         """Depth by depth: the draft reads the nodes so far, each sees its ancestors, and their children are chosen."""
         tree, wanted = self.tree, target.unembedding.shape[0]
         tokens = jnp.reshape(context.root, (1,))  # of the nodes so far, in node order
-        laws = [jnp.full((1, wanted), -jnp.inf)]
+        laws = [jnp.full((1, wanted), -jnp.inf, jnp.float32)]
         features = state.features[None]
         for depth in range(tree.max_depth):
             level = np.flatnonzero(tree.depths == depth)
@@ -194,12 +194,12 @@ class DraftModelDrafter(DrafterBase):
     ) -> tuple[Int[Array, "n k"], Float[Array, "n k V"]]:
         # `count` draws without replacement, and the law of each given those before it.
         logits = self.sampling.warp(logits)
-        best, chosen = jax.lax.top_k(logits + jax.random.gumbel(key, logits.shape), count)
+        best, chosen = jax.lax.top_k(logits + jax.random.gumbel(key, logits.shape, logits.dtype), count)
         chosen = jnp.where(best == -jnp.inf, NO_DRAFT, chosen.astype(jnp.int32))  # fewer possible tokens than siblings
         laws = []
         for order in range(count):
             laws.append(jax.nn.log_softmax(logits, axis=-1))
-            logits = jnp.where(jnp.arange(logits.shape[1]) == chosen[:, order, None], -jnp.inf, logits)
+            logits = jnp.where(jnp.arange(logits.shape[1], dtype=jnp.int32) == chosen[:, order, None], -jnp.inf, logits)
         return chosen, jnp.stack(laws, axis=1)
 
     def _target_logits(self, features: Float[Array, "n D"], wanted: int) -> Float[Array, "n V"]:
@@ -207,13 +207,13 @@ class DraftModelDrafter(DrafterBase):
         logits = unembed(self.draft.params, features)
         if self.token_map is not None:
             places = jnp.where(self.token_map < 0, wanted, self.token_map)
-            return jnp.full((len(features), wanted), -jnp.inf).at[:, places].set(logits, mode="drop")
+            return jnp.full((len(features), wanted), -jnp.inf, jnp.float32).at[:, places].set(logits, mode="drop")
         common = logits[:, :wanted]
         return jnp.pad(common, ((0, 0), (0, wanted - common.shape[1])), constant_values=-jnp.inf)
 
     def update(self, state: DraftState, context: Context, verdict: Verdict, longest: int) -> DraftState:
         """Reads the newly committed tokens. The window is as long as a round can be; what lies past them is garbage."""
-        window = state.cache.length + jnp.arange(longest)
+        window = state.cache.length + jnp.arange(longest, dtype=jnp.int32)
         tokens = self._read_as(jnp.take(context.tokens, window, mode="clip"))
         out = forward(self.draft.params, self.draft.config, tokens, cache=state.cache)
         count = context.length - state.cache.length

@@ -86,12 +86,12 @@ class HybridDrafter:
         tree, places = _merge(tuple(part.tree for part in self.parts))
         keys = jax.random.split(key, len(self.parts))
         proposals = [p.propose(target, s, context, k) for p, s, k in zip(self.parts, state, keys, strict=True)]
-        tokens = jnp.full(tree.size, NO_DRAFT)
+        tokens = jnp.full(tree.size, NO_DRAFT, jnp.int32)
         for place, proposal in zip(places, proposals, strict=True):
             tokens = tokens.at[place].set(proposal.tokens)
         if all(proposal.log_q is None for proposal in proposals):
             return Proposal(tokens)
-        log_q = jnp.full((tree.size, target.unembedding.shape[0]), -jnp.inf)
+        log_q = jnp.full((tree.size, target.unembedding.shape[0]), -jnp.inf, jnp.float32)
         for place, proposal in zip(places, proposals, strict=True):
             log_q = log_q.at[place].set(_laws(proposal, log_q.shape[1]))
         return Proposal(tokens, log_q)
@@ -112,7 +112,8 @@ class HybridDrafter:
 def _laws(proposal: Proposal, vocab: int) -> Float[Array, "M V"]:
     if proposal.log_q is not None:
         return proposal.log_q
-    return jnp.where(jnp.arange(vocab) == proposal.tokens[:, None], 0.0, -jnp.inf)
+    own = jnp.arange(vocab, dtype=jnp.int32) == proposal.tokens[:, None]
+    return jnp.where(own, jnp.float32(0), jnp.float32(-jnp.inf))
 
 
 @functools.lru_cache(maxsize=64)

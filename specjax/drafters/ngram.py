@@ -66,11 +66,11 @@ class NgramDrafter(DrafterBase):
     def propose(self, target: Params, state: None, context: Context, key: jax.Array) -> Proposal:
         """Looks the newest tokens up in what stands before them, then each draft below its parent's matches."""
         tree, text, last = self.tree, context.tokens, context.length - 1
-        slots = jnp.arange(text.shape[0])
+        slots = jnp.arange(text.shape[0], dtype=jnp.int32)
         follower = jnp.roll(text, -1)  # follower[j] came after text[j]
         drafts = [jnp.reshape(context.root, (1,))]
         matched = self._matches(text, last)[None]  # [n S]: for the n nodes of a level, the match that ends at slot j
-        reach = jnp.asarray(self._reaches)[jnp.max(matched)]
+        reach = jnp.asarray(self._reaches, jnp.int32)[jnp.max(matched)]
         for depth in range(1, tree.max_depth + 1):
             nodes = np.flatnonzero(tree.depths == depth)
             above = np.array([tree.parents[n] for n in nodes]) - np.flatnonzero(tree.depths == depth - 1)[0]
@@ -84,11 +84,11 @@ class NgramDrafter(DrafterBase):
 
     def _matches(self, text: Int[Array, "S"], last: Int[Array, ""]) -> Int[Array, "S"]:
         # How many tokens, up to max_n, agree with the newest ones when compared backwards from slot j < last.
-        slots = jnp.arange(text.shape[0])
+        slots = jnp.arange(text.shape[0], dtype=jnp.int32)
         running, length = slots < last, jnp.zeros(text.shape[0], jnp.int32)
         for back in range(self.max_n):
             running &= (jnp.roll(text, back) == jnp.take(text, last - back, mode="clip")) & (slots >= back)
-            length += running
+            length += running.astype(jnp.int32)
         return length
 
     @property
@@ -100,7 +100,7 @@ class NgramDrafter(DrafterBase):
     def _distinct(self, matched: Int[Array, "n S"], follower: Int[Array, "S"], count: int) -> Int[Array, "n count"]:
         # The longest match wins, then the most recent; its follower's other occurrences are out for the next rank.
         size = matched.shape[1]
-        score = jnp.where(matched >= self.min_n, matched * size + jnp.arange(size), -1)
+        score = jnp.where(matched >= self.min_n, matched * size + jnp.arange(size, dtype=jnp.int32), -1)
         picked = []
         for _ in range(count):
             best, at = jnp.max(score, axis=1), jnp.argmax(score, axis=1)

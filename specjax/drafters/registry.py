@@ -117,7 +117,7 @@ def drafter_names() -> tuple[str, ...]:
 
 
 def drafter_entry(name: str) -> DrafterEntry:
-    """What is known of a drafter: one that is registered, or `module:attribute`.
+    """What is known of a drafter: one that is registered, or `module:attribute`, also where the module registers it.
 
     Raises:
       ConfigError: no such drafter, module or attribute.
@@ -131,6 +131,8 @@ def drafter_entry(name: str) -> DrafterEntry:
             "your own as module:attribute."
         )
     made = _imported(name, module, attribute)
+    if isinstance(made, DrafterEntry):
+        return made
     try:
         parameters = list(inspect.signature(made).parameters.items())
     except (TypeError, ValueError) as error:
@@ -140,13 +142,28 @@ def drafter_entry(name: str) -> DrafterEntry:
         if type(parameter.default) in (int, float, str):
             told = f"{attribute}: {option.replace('_', ' ')} (default {parameter.default})"
             options[option] = DrafterOption(type(parameter.default), told)
-    return DrafterEntry(lambda given: made(given.tree or Tree.parse("chain:4"), **given.options), options=options)
+
+    def build(given: Ingredients) -> Drafter:
+        try:
+            return made(given.tree or Tree.parse("chain:4"), **given.options)
+        except TypeError as error:
+            raise ConfigError(
+                f"{name} cannot be made of a tree and its options: {error}. A function of a tree can give "
+                "it what else it needs: name that, or register one."
+            ) from error
+
+    return DrafterEntry(build, options=options)
 
 
-def _imported(name: str, module: str, attribute: str) -> Callable[..., Drafter]:
+def _imported(name: str, module: str, attribute: str) -> Callable[..., Drafter] | DrafterEntry:
+    if not all(map(str.isidentifier, module.split("."))):
+        raise ConfigError(f"{name!r} does not begin with a module's name; as in {module_name(module)}:{attribute}.")
     try:
         with _from_this_folder():
-            made = getattr(importlib.import_module(module), attribute)
+            imported = importlib.import_module(module)
+        if not hasattr(imported, attribute) and attribute in _ENTRIES:  # by the name that it registers
+            return _ENTRIES[attribute]
+        made = getattr(imported, attribute)
     except ModuleNotFoundError as error:
         if error.name and not f"{module}.".startswith(f"{error.name}."):
             raise ConfigError(
@@ -158,6 +175,11 @@ def _imported(name: str, module: str, attribute: str) -> Callable[..., Drafter]:
     if not callable(made):
         raise ConfigError(f"{name} is {made!r}; expected a drafter's class, or a function of a tree that gives one.")
     return made
+
+
+def module_name(path: str) -> str:
+    """What a file's module is called."""
+    return path.replace("\\", "/").rpartition("/")[2].removesuffix(".py") or "module"
 
 
 @contextmanager
@@ -202,6 +224,14 @@ def refuse_idle(
             raise ConfigError(f"{spelled(name)} is {whose}; the drafter {text} leaves it out.")
 
 
+def _check_option(drafter: str, name: str, option: DrafterOption, value: Any) -> None:
+    kinds = (int, float) if option.kind is float else option.kind
+    values = value if option.many and isinstance(value, list | tuple) else [value]
+    if not all(isinstance(one, kinds) and not isinstance(one, bool) for one in values):
+        expected = f"{option.kind.__name__}{', any number of them' if option.many else ''}"
+        raise ConfigError(f"{name} of the drafter {drafter} is {value!r}; expected {expected}.")
+
+
 def build_drafter(
     text: str,
     target: Model,
@@ -239,6 +269,8 @@ def build_drafter(
             flag = "--" + missing[0].replace("_", "-")
             raise ConfigError(f"the drafter {name} needs {missing[0]} ({entry.files[missing[0]]}); name it ({flag}).")
         own = {option: value for option, value in (options or {}).items() if option in entry.options}
+        for option, value in own.items():
+            _check_option(name, option, entry.options[option], value)
         made.append(entry.build(Ingredients(target, shape, named, acceptance, own)))
         check_is(made[-1].tree, Tree, f"the tree of {name}", "a drafter's tree is a specjax Tree.")
     return made[0] if len(made) == 1 else HybridDrafter(tuple(made))

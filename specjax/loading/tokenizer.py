@@ -74,14 +74,16 @@ class Tokenizer:
         """
         return self._encoded(text).ids
 
-    def _encoded(self, text: str, *, add_special_tokens: bool = True) -> tokenizers.Encoding:
+    def _encoded(
+        self, text: str, *, add_special_tokens: bool = True, backend: tokenizers.Tokenizer | None = None
+    ) -> tokenizers.Encoding:
         if not isinstance(text, str):
             raise PromptError(f"the text is {text!r}; expected a string.")
         try:
             text.encode()
         except UnicodeEncodeError as error:  # a file or a command line that is not UTF-8
             raise PromptError(f"the text is no valid Unicode ({error}); is its source UTF-8?") from error
-        return self.backend.encode(text, add_special_tokens=add_special_tokens)
+        return (backend or self.backend).encode(text, add_special_tokens=add_special_tokens)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `ids`; special tokens such as the EOS are left out unless asked for."""
@@ -201,7 +203,7 @@ class Tokenizer:
                     "weights cannot be told apart; leave weight out."
                 )
             spans = [span for span, turn in zip(spans, turns, strict=True) if turn.get("weight", 1)]
-        encoding = self._untrimmed.encode(text, add_special_tokens=False)
+        encoding = self._encoded(text, add_special_tokens=False, backend=self._untrimmed)
         said = [False] * len(encoding.ids)
         for begin, end in spans:
             inside = [i for i, (a, b) in enumerate(encoding.offsets) if a < end and b > begin and a < b]

@@ -137,5 +137,7 @@ def nucleus(top_p: float, logits: Float[Array, "*T V"]) -> Float[Array, "*T V"]:
     one = jax.lax.bitcast_convert_type(jnp.float32(1), jnp.int32)
     _, bits = jax.lax.fori_loop(0, 31, halve, (zero, zero + one))
     least, tied = value(bits), p == value(bits)
-    before = above(bits)[..., None] + (jnp.cumsum(tied, axis=-1) - tied) * least  # of equals the lowest ids first
+    before = (
+        above(bits)[..., None] + (jnp.cumsum(tied, axis=-1, dtype=least.dtype) - tied.astype(least.dtype)) * least
+    )  # of equals the lowest ids first
     return jnp.where((p > least) | (tied & (before < top_p)), logits, -jnp.inf)

@@ -41,5 +41,5 @@ def label_ranks(logits: Float[Array, "C T V"], labels: Int[Array, "T C"]) -> Int
     valid = labels.T != IGNORED
     safe = jnp.where(valid, labels.T, 0)[..., None]
     picked = jnp.take_along_axis(logits, safe, axis=-1)
-    ahead = ~(logits <= picked) | ((logits == picked) & (jnp.arange(logits.shape[-1]) < safe))
+    ahead = ~(logits <= picked) | ((logits == picked) & (jnp.arange(logits.shape[-1], dtype=jnp.int32) < safe))
     return jnp.where(valid, jnp.sum(ahead, axis=-1), -1)

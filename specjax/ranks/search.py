@@ -20,7 +20,7 @@ from specjax.checks import is_whole
 from specjax.errors import TreeError
 from specjax.ranks.simulation import check_tree
 from specjax.ranks.table import RankTable
-from specjax.tree import Tree
+from specjax.tree import MOST_NODES, Tree
 
 Path = tuple[int, ...]
 
@@ -45,7 +45,7 @@ class Limits:
     def largest(self, heads: int, ranks: int) -> int:
         """The nodes of the largest tree, root included."""
         depth, branching = self.of(heads, ranks)
-        return sum(branching**d for d in range(depth + 1))
+        return min(MOST_NODES, sum(branching**d for d in range(depth + 1)))
 
     def check(self, size: int, heads: int, ranks: int) -> None:
         """Raises a `TreeError` for a size that is no whole number from 1 to what heads, ranks and limits allow."""

@@ -276,11 +276,11 @@ def _walk(
         node, reached = jnp.zeros(len(patterns), jnp.int32), jnp.zeros(len(patterns), jnp.int32)
         for d in range(depth):
             node = moves[node, patterns[:, d]]  # UNLABELLED is the last column
-            reached += node != outside
+            reached += (node != outside).astype(jnp.int32)
         return reached
 
     drafts_of = jax.vmap(reached)(moves)
-    depths = jnp.arange(depth + 1)[:, None]
+    depths = jnp.arange(depth + 1, dtype=jnp.int32)[:, None]
 
     def one(drafts_of: Int[Array, "U"]) -> tuple[Int[Array, "c"], Int[Array, "C1"]]:
         def step(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -289,7 +289,11 @@ def _walk(
             running = left > 0
             found = drafts_of.at[pattern_of.at[root].get(mode="promise_in_bounds")].get(mode="promise_in_bounds")
             drafts = jnp.where(running, jnp.minimum(found, left - 1), -1)
-            return root + drafts + 1, rounds + running, by_depth + jnp.sum(drafts == depths, axis=1)
+            return (
+                root + drafts + 1,
+                rounds + running.astype(jnp.int32),
+                by_depth + jnp.sum(drafts == depths, 1, jnp.int32),
+            )
 
         start = (starts, jnp.zeros_like(starts), jnp.zeros(depth + 1, jnp.int32))
         return jax.lax.while_loop(lambda carry: jnp.any(carry[0] < lasts), step, start)[1:]

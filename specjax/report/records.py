@@ -5,6 +5,7 @@
 data.
 """
 
+import ast
 import itertools
 import json
 import sys
@@ -188,6 +189,16 @@ def table(records: Sequence[Record]) -> str:
     return next(made for fits, made in kinds if fits)(records)
 
 
+def _experiments(directory: Path) -> str:
+    """What every experiment does, by its docstring's first sentence."""
+    rows = []
+    for path in sorted(directory.glob("*.py")):
+        told = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
+        rows.append((f"[{path.name}]({path.name})", told.split("\n\n")[0].replace("\n", " ")))
+    body = markdown(("file", "what it does"), rows)
+    return f"# Experiments\n\n`specjax run experiments/NAME.py`; results are [records](records/README.md).\n\n{body}\n"
+
+
 def pages(root: Path) -> dict[Path, str]:
     """Every generated page by its path, below the repository's root."""
     made: dict[Path, str] = {}
@@ -208,6 +219,7 @@ def pages(root: Path) -> dict[Path, str]:
         "# Records\n\nA file is called by machine and date; further words or a number say what differs. "
         f"{_GENERATED}\n\n{top}\n"
     )
+    made[root / "experiments" / "README.md"] = _experiments(root / "experiments")
     made[root / "docs" / "results.md"] = "\n".join(results).rstrip() + "\n"
     return made
 

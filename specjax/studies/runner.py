@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+import sys
 import time
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,16 +29,25 @@ def load_config(path: Path) -> Any:
     """Executes an experiment file and gives what its `get_config()` returns.
 
     Raises:
-      ConfigError: no such file, or none that defines `get_config`.
+      ConfigError: no such file, none that defines `get_config`, or one whose `get_config` gives no config.
     """
     spec = importlib.util.spec_from_file_location(path.stem, path) if path.is_file() else None
     if spec is None or spec.loader is None:
         raise ConfigError(f"{path} is not a Python file; name an experiment, e.g. experiments/smollm2_medusa.py.")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str(path.resolve().parent))  # as `python FILE` has it: drafters may lie beside
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(path.resolve().parent))
     if not hasattr(module, "get_config"):
         raise ConfigError(f"{path} defines no get_config(); an experiment file must.")
-    return module.get_config()
+    config = module.get_config()
+    if not is_dataclass(config) or isinstance(config, type) or not callable(getattr(config, "run", None)):
+        raise ConfigError(
+            f"get_config() of {path} gives {config!r}; expected a dataclass with run(output_dir, console)."
+        )
+    return config
 
 
 def configured(path: Path, arguments: list[str]) -> Any:

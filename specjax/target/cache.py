@@ -45,8 +45,8 @@ def zeros(config: ModelConfig, capacity: int) -> KVCache:
     """An empty cache of `capacity` slots. Zeroed, not uninitialised: 0 x NaN would poison masked attention."""
     k, h = config.num_kv_heads, config.head_dim
     return KVCache(
-        k=tuple(jnp.zeros((k, h, capacity)) for _ in range(config.num_layers)),
-        v=tuple(jnp.zeros((k, capacity, h)) for _ in range(config.num_layers)),
+        k=tuple(jnp.zeros((k, h, capacity), jnp.float32) for _ in range(config.num_layers)),
+        v=tuple(jnp.zeros((k, capacity, h), jnp.float32) for _ in range(config.num_layers)),
         length=jnp.zeros((), jnp.int32),
     )
 
@@ -69,10 +69,9 @@ def write(cache: KVCache, rows: Rows, count: Int[Array, ""] | int, *, after: Int
         without such a dependency XLA, which may not reorder the reads before the write, copies the whole cache twice.
     """
     start = cache.length if after is None else jnp.where(after >= 0, cache.length, 0)
-
-    update = jax.lax.dynamic_update_slice
+    update, zero = jax.lax.dynamic_update_slice, jnp.zeros_like(start)
     return KVCache(
-        k=tuple(update(slots, new, (0, 0, start)) for slots, new in zip(cache.k, rows.k, strict=True)),
-        v=tuple(update(slots, new, (0, start, 0)) for slots, new in zip(cache.v, rows.v, strict=True)),
+        k=tuple(update(slots, new, (zero, zero, start)) for slots, new in zip(cache.k, rows.k, strict=True)),
+        v=tuple(update(slots, new, (zero, start, zero)) for slots, new in zip(cache.v, rows.v, strict=True)),
         length=cache.length + jnp.asarray(count, jnp.int32),
     )

@@ -86,9 +86,9 @@ def _attention(
     t, kv_heads, g, h = q.shape
     q = (q * h**-0.5).transpose(1, 2, 0, 3).reshape(kv_heads, g * t, h)
     nothing = (
-        jnp.full((kv_heads, g * t, 1), ops.plain.NEG_INF),
-        jnp.zeros((kv_heads, g * t, 1)),
-        jnp.zeros((kv_heads, g * t, h)),
+        jnp.full((kv_heads, g * t, 1), ops.plain.NEG_INF, jnp.float32),
+        jnp.zeros((kv_heads, g * t, 1), jnp.float32),
+        jnp.zeros((kv_heads, g * t, h), jnp.float32),
     )
     mixture = ops.attend(q, nothing, *rows, mask)
     if prefix is not None:

@@ -105,9 +105,9 @@ def init_lora(key: jax.Array, model: ModelConfig, config: LoraConfig) -> Lora:
     specs, treedef = jax.tree.flatten(abstract(model, config))
     sizes = [parameters.count(spec) if spec.init == "normal" else 0 for spec in specs]
     # One draw for all: a draw each would be a hundred programs to compile.
-    parts = jnp.split(jax.random.normal(key, (sum(sizes),)), np.cumsum(sizes)[:-1])
+    parts = jnp.split(jax.random.normal(key, (sum(sizes),), jnp.float32), np.cumsum(sizes)[:-1])
     leaves = [
-        part.reshape(spec.shape) * (config.rank / size) ** 0.5 if size else jnp.zeros(spec.shape)
+        part.reshape(spec.shape) * (config.rank / size) ** 0.5 if size else jnp.zeros(spec.shape, jnp.float32)
         for spec, size, part in zip(specs, sizes, parts, strict=True)
     ]
     return jax.tree.unflatten(treedef, leaves)

@@ -214,7 +214,7 @@ def _rows(
     weights: Float[Array, "n k"],
 ) -> tuple[Float[Array, "n"], Float[Array, "n a"], Float[Array, "*a"]]:
     # Loss per row: the cross-entropy with `weights` on `tokens`, and the derivatives where they are wanted.
-    nothing = jnp.zeros(0)
+    nothing = jnp.zeros(0, jnp.float32)
     logits = ops.dot("TD,RD->TR", x, matrix)
     mass = jnp.sum(weights, axis=-1)
     log_z = jax.nn.logsumexp(logits, axis=-1)
@@ -222,13 +222,13 @@ def _rows(
     loss = mass * (log_z + z_loss * log_z**2) - jnp.sum(weights * picked, axis=-1)
     loss = jnp.where(mass > 0, loss, 0.0)
     if not gradient:
-        return loss, jnp.zeros((len(x), 0)), nothing
+        return loss, jnp.zeros((len(x), 0), jnp.float32), nothing
     row = (mass * (1 + 2 * z_loss * log_z))[:, None]
     d_logits = row * jnp.exp(logits - log_z[:, None])
     if tokens.shape[1] == 1:
-        d_logits -= jnp.where(jnp.arange(matrix.shape[0]) == tokens, weights, 0.0)
+        d_logits -= jnp.where(jnp.arange(matrix.shape[0], dtype=jnp.int32) == tokens, weights, 0.0)
     else:
-        d_logits = d_logits.at[jnp.arange(len(x))[:, None], tokens].add(-weights)
+        d_logits = d_logits.at[jnp.arange(len(x), dtype=jnp.int32)[:, None], tokens].add(-weights)
     d_logits = jnp.where(mass[:, None] > 0, d_logits, 0.0).astype(matrix.dtype)
     d_x = jnp.einsum("TR,RD->TD", d_logits, matrix, preferred_element_type=jnp.float32)
     if not trained:

@@ -197,3 +197,89 @@ finally:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, env=environment)
     assert done.stdout.strip().endswith("False")
+
+
+def test_a_registered_name_brings_all_of_its_entry(outside, checkpoint, capsys):
+    """`module:name`, with the default tree, the options' words, and files."""
+    command = ["generate", "--model", str(checkpoint), "--prompt", "hi", "--max-new-tokens", "5"]
+    assert main([*command, "--drafter", "periodic:periodic", "--period", "2"]) == 0
+    with pytest.raises(SystemExit):
+        main([*command, "--drafter", "periodic:periodic", "--help"])
+    assert "how many tokens a period has" in capsys.readouterr().out
+    (outside / "filed.py").write_text(
+        "import specjax as sj\n"
+        "def make(given):\n    print('file', given.files['notes'])\n    return sj.NgramDrafter(sj.Tree.chain(1))\n"
+        "sj.register_drafter('filed', make, files={'notes': 'a text file'})\n"
+    )
+    assert main([*command, "--drafter", "filed:filed", "--notes", "a.txt"]) == 0
+    assert "file a.txt" in capsys.readouterr().out
+    sys.modules.pop("filed")
+
+
+HEAD = """
+from dataclasses import dataclass, field
+import jax, jax.numpy as jnp
+import specjax as sj
+"""
+GOOD = """
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Half(sj.DrafterBase):
+    tree: sj.Tree = field(metadata={"static": True})
+
+    def propose(self, target, state, context, key):
+        return sj.Proposal(jnp.full(self.tree.size, context.root))
+"""
+SLIPS = {
+    "unregistered": (GOOD.replace("@jax.tree_util.register_dataclass\n", ""), "Half is no pytree; put @jax"),
+    "a tree that is data": (
+        GOOD.replace('field(metadata={"static": True})', "field()"),
+        r"Half.tree is a Tree, no array",
+    ),
+    "no dataclass": (
+        GOOD.replace("@jax.tree_util.register_dataclass\n@dataclass(frozen=True)\n", ""),
+        "cannot be made",
+    ),
+    "weights without a default": (GOOD.replace("    def", "    w: jax.Array\n\n    def"), r"cannot be made.*'w'"),
+    "a bare array": (GOOD.replace("sj.Proposal(", "("), "proposed a .*Tracer; `propose` gives a Proposal"),
+    "numbers that are no tokens": (GOOD.replace("context.root)", "1.0)"), "proposed tokens of float32"),
+    "propose without a key": (GOOD.replace(", context, key)", ", context)"), "Half.propose takes .*called with"),
+    "init of another shape": (GOOD + "\n    def init(self, target):\n        return None\n", "Half.init takes"),
+    "no propose": (GOOD.split("    def")[0], "lacks propose"),
+    "a tree's text": (GOOD + "\ndef half(tree):\n    return Half('chain:2')\n", "the tree of half:half is 'chain:2'"),
+}
+
+
+@pytest.mark.parametrize("name", SLIPS)
+def test_a_half_written_drafter_is_told_what_it_lacks(outside, checkpoint, capsys, name):
+    code, message = SLIPS[name]
+    (outside / "half.py").write_text(HEAD + code)
+    attribute = "half" if "def half" in code else "Half"
+    command = ["generate", "--model", str(checkpoint), "--prompt", "hi", "--max-new-tokens", "5"]
+    try:
+        assert main([*command, "--drafter", f"half:{attribute}"]) == 2
+    finally:
+        sys.modules.pop("half", None)
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_files_path_is_no_modules_name():
+    with pytest.raises(sj.ConfigError, match=r"does not begin with a module's name; as in counting:Count"):
+        drafter_entry("./counting.py:Count")
+
+
+def test_options_are_checked_in_experiments_too(model):
+    for wrong in ("two", 2.5, True, [2]):
+        with pytest.raises(sj.ConfigError, match=r"max_n of the drafter ngram is .*; expected int"):
+            build_drafter("ngram", model, options={"max_n": wrong})
+    with pytest.raises(sj.ConfigError, match=r"reach of the drafter ngram is .*; expected int, any number"):
+        build_drafter("ngram", model, options={"reach": ["x"]})
+
+
+def test_an_experiment_finds_what_lies_beside_it(outside, checkpoint, tmp_path_factory, monkeypatch):
+    registered = EXPERIMENT.replace('"periodic:Periodic"', '"periodic"')
+    (outside / "outside.py").write_text(registered.format(model=str(checkpoint)))
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    assert main(["run", str(outside / "outside.py"), "--output-dir", str(outside / "out")]) == 0
+    (outside / "three.py").write_text("def get_config():\n    return 3\n")
+    assert main(["run", str(outside / "three.py")]) == 2
