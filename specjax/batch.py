@@ -52,7 +52,7 @@ def generate_batch(
 
     Raises:
       PromptError: no prompts, another number of keys, or what `generate` refuses about any of them.
-      SpecJaxError: whatever `drafter.check` finds.
+      SpecJaxError: whatever `drafter.check` finds, and what `generate` raises.
     """
     if len(prompts) == 0:
         raise PromptError("there are no prompts; pass at least one.")
@@ -65,5 +65,5 @@ def generate_batch(
     tokens, lengths, limits = (jnp.asarray(x) for x in (request.tokens, request.lengths, request.limits))
     features, caches = _read_prompts(model.params, model.config, tokens, lengths)
     states = _batch(request.plan, tokens, lengths, limits, keys, features, caches)
-    slim = dataclasses.replace(states, cache=None, draft=None, features=None, key=None)  # type: ignore[arg-type]
-    return [summarise(jax.tree.map(lambda leaf, i=i: leaf[i], slim)) for i in range(len(prompts))]
+    slim = dataclasses.replace(states, cache=None, draft=None, key=None)  # type: ignore[arg-type]
+    return [summarise(jax.tree.map(lambda leaf, i=i: leaf[i], slim), request.plan) for i in range(len(prompts))]

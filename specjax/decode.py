@@ -5,6 +5,7 @@
 for those who time or batch them. What is traced stands in `specjax.loop`.
 """
 
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,11 +19,11 @@ from jaxtyping import Int
 from specjax.acceptance import Acceptance, Greedy
 from specjax.checks import check_implements, check_is, is_whole
 from specjax.drafters.base import Drafter, NoDrafter
-from specjax.errors import ConfigError, PromptError
+from specjax.errors import CheckpointError, ConfigError, PromptError
 from specjax.loading.load import Model
 from specjax.loop import Plan, State, decode_round, first_token, run_rounds
 from specjax.target.config import ModelConfig
-from specjax.target.model import PREFILL_CHUNK, read
+from specjax.target.model import PREFILL_CHUNK, embed, forward, read
 from specjax.tree import Tree
 
 
@@ -149,8 +150,16 @@ def plan_for(
     return Plan(model.params, drafter, _check_eos(model.config, eos_token_ids), model.config, acceptance).ready()
 
 
-def summarise(state: State) -> Generation:
-    """Copies the result of a state to the host."""
+def summarise(state: State, plan: Plan | None = None) -> Generation:
+    """Copies the result of a state to the host.
+
+    Args:
+      plan: what it was decoded with; to say after which layer the features were not finite, where they are not.
+
+    Raises:
+      CheckpointError: the target's features are not finite, so that the tokens mean nothing.
+    """
+    check_finite(state, plan)
     tokens, accepted, begin, end, rounds = jax.device_get(
         (state.tokens, state.accepted, state.prompt_length, state.length, state.rounds)
     )
@@ -168,6 +177,7 @@ def generate(model: Model, prompt_ids: Sequence[int] | np.ndarray, **options: Un
     Raises:
       PromptError: an empty or out-of-vocabulary prompt, a budget, key, stop token or capacity that is none, or
         a request beyond the model's or the draft model's context.
+      CheckpointError: the target's features are not finite.
       ConfigError: an option that there is not; a drafter or an acceptance rule that lacks members of its protocol, or a
         class in its place; while tracing, a drafter that proposes in other shapes than its tree and the target's
         vocabulary have.
@@ -177,7 +187,7 @@ def generate(model: Model, prompt_ids: Sequence[int] | np.ndarray, **options: Un
     key = check_key(options.get("key"), request.plan.acceptance)
     if request.new_tokens == 0:
         return nothing()
-    return summarise(_run_rounds(request.plan, _prefill(request, key)))
+    return summarise(_run_rounds(request.plan, _prefill(request, key)), request.plan)
 
 
 def stream(model: Model, prompt_ids: Sequence[int] | np.ndarray, **options: Unpack[RequestOptions]) -> Iterator[Round]:
@@ -197,11 +207,38 @@ def _stream(request: Request, key: jax.Array) -> Iterator[Round]:
     while True:
         fresh = jax.lax.dynamic_slice(state.tokens, (seen,), (width,))
         fresh, length, confirmed, finished = jax.device_get((fresh, state.length, state.confirmed, state.finished))
+        if finished:
+            check_finite(state, request.plan)
         yield Round(np.asarray(fresh[: length - seen]), int(confirmed))
         if finished:
             return
         seen = int(length)
         state = _decode_round(request.plan, state)
+
+
+_LOOKED_AT = 2048  # newest tokens among which the first bad layer is looked for
+
+
+def check_finite(state: State, plan: Plan | None = None) -> None:
+    """Raises CheckpointError where the target's features, by which decoding ended, are not finite; names the layer."""
+    if bool(np.isfinite(np.asarray(state.features)).all()):
+        return
+    where = "" if plan is None else _first_bad_layer(plan, np.asarray(state.tokens[: int(state.length) - 1]))
+    raise CheckpointError(
+        f"the target's features are not finite{where}: its weights hold NaN or infinity, or overflow. "
+        "load_model(SOURCE, check_finite=True) names the first bad tensor."
+    )
+
+
+def _first_bad_layer(plan: Plan, tokens: np.ndarray) -> str:
+    layers = plan.config.num_layers
+    read_all = jax.jit(functools.partial(forward, config=plan.config, taps=tuple(range(layers))))
+    shown = jnp.asarray(tokens[-_LOOKED_AT:])
+    streams = [embed(plan.params, shown), *read_all(plan.params, tokens=shown).taps]
+    bad = [i for i, stream in enumerate(streams) if not bool(jnp.isfinite(stream).all())]
+    if not bad:
+        return " after the final norm"
+    return " after the embedding" if bad[0] == 0 else f" after layer {bad[0] - 1} (of 0 to {layers - 1})"
 
 
 def nothing() -> Generation:

@@ -136,13 +136,14 @@ def commit(plan: Plan, state: State, found: VerifiedDrafts) -> State:
         fresh = jnp.where(steps == verdict.accepted, verdict.next_token, drafted[jnp.roll(path, -1)])
         budget = jnp.where(state.finished, 0, state.limit - state.length)
         count, finished = _cut(fresh, verdict.accepted + 1, budget, plan.eos)
+        features = found.features[verdict.node]
         state = dataclasses.replace(
             state,
             tokens=jax.lax.dynamic_update_slice(state.tokens, fresh, (state.length,)),
             length=state.length + count,
-            finished=finished,
+            finished=finished | ~_is_finite(features),
             cache=kv.write(state.cache, kv.gather(found.rows, path), count, after=verdict.next_token),
-            features=found.features[verdict.node],
+            features=features,
             key=found.key,
             rounds=state.rounds + jnp.where(state.finished, 0, 1),
             accepted=state.accepted.at[state.rounds].set(count - 1),
@@ -234,6 +235,11 @@ def _cut(
     return count, hit | (count == budget)
 
 
+def _is_finite(features: Float[Array, "D"]) -> Bool[Array, ""]:
+    # Where they are not, no token means anything: decoding ends, and the host says why (`decode.summarise`).
+    return jnp.all(jnp.isfinite(features))
+
+
 def start(
     plan: Plan, tokens: Int[Array, "S"], prompt_length: Int[Array, ""], limit: Int[Array, ""], key: jax.Array
 ) -> State:
@@ -273,7 +279,7 @@ def first_token(
         tokens=tokens.at[prompt_length].set(root),
         length=prompt_length + 1,
         limit=limit,
-        finished=finished,
+        finished=finished | ~_is_finite(features),
         cache=cache,
         features=features,
         draft=draft,

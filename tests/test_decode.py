@@ -404,3 +404,57 @@ def test_bfloat16_decodes_the_same_sequence_in_a_tree_and_alone():
     one = forward(half.params, half.config, row).features
     two = forward(half.params, half.config, jnp.repeat(row, 2), mask=np.eye(2, dtype=bool), positions=jnp.zeros(2, int))
     np.testing.assert_allclose(one[0], two.features[0], atol=2e-2)
+
+
+def poisoned(model, change):
+    """The model with a number in one of its weights that is none."""
+    return dataclasses.replace(model, params=change(model.params))
+
+
+def in_layer(number, value):
+    def change(params):
+        layer = params.layers[number]
+        layers = list(params.layers)
+        layers[number] = dataclasses.replace(layer, down=layer.down.at[0, 0].set(value))
+        return dataclasses.replace(params, layers=tuple(layers))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        (in_layer(1, jnp.nan), r"after layer 1 \(of 0 to 1\)"),
+        (in_layer(0, jnp.inf), r"after layer 0 \(of 0 to 1\)"),
+        (lambda p: dataclasses.replace(p, embed=p.embed.at[PROMPT[0]].set(jnp.nan)), "after the embedding"),
+        (lambda p: dataclasses.replace(p, final_norm=p.final_norm.at[0].set(jnp.nan)), "after the final norm"),
+    ],
+)
+def test_weights_that_are_no_numbers_end_decoding(model, change, where):
+    """In place of token 0 for ever."""
+    wrong = poisoned(model, change)
+    for how in ({}, {"drafter": sj.NgramDrafter(sj.Tree.chain(2))}):
+        with pytest.raises(sj.CheckpointError, match=f"features are not finite {where}.*check_finite"):
+            sj.generate(wrong, PROMPT, max_new_tokens=9, **how)
+    with pytest.raises(sj.CheckpointError, match=where):
+        list(sj.stream(wrong, PROMPT, max_new_tokens=9))
+    with pytest.raises(sj.CheckpointError, match=where):
+        sj.generate_batch(wrong, [PROMPT, PROMPT[:2]], max_new_tokens=9)
+    state = decode.prefill(wrong, PROMPT, max_new_tokens=9)
+    assert bool(state.finished)
+    with pytest.raises(sj.CheckpointError, match="features are not finite: its weights"):
+        decode.summarise(decode.decode(wrong, state))
+
+
+def test_a_number_that_is_none_in_the_midst_of_an_answer(model):
+    """What was said before it is streamed."""
+    base = sj.generate(model, PROMPT, max_new_tokens=12).tokens
+    late = int(next(t for t in base[3:] if t not in PROMPT and t not in base[:3]))
+    at = base.tolist().index(late)
+    wrong = poisoned(model, lambda p: dataclasses.replace(p, embed=p.embed.at[late].set(jnp.nan)))
+    wrong = dataclasses.replace(wrong, params=dataclasses.replace(wrong.params, lm_head=model.params.unembedding))
+    seen = []
+    with pytest.raises(sj.CheckpointError, match="after the embedding"):
+        for item in sj.stream(wrong, PROMPT, max_new_tokens=12):
+            seen += item.tokens.tolist()
+    assert seen == base[: at + 1].tolist()

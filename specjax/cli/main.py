@@ -109,6 +109,9 @@ def _model_options(
     )
     if drafters is not None:
         _drafter_options(parser, drafters)
+    parser.add_argument(
+        "--check-finite", action="store_true", help="look through the weights for NaN and infinity first"
+    )
     parser.add_argument("--tree", help=f"{TREE_HELP}; for a hybrid one for each part, joined by '+'")
     parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens)
     parser.add_argument(
@@ -184,7 +187,7 @@ def _prepare(options: argparse.Namespace) -> tuple["Model", dict[str, Any]]:
         sj.Tree.parse(tree)
     if not 0 <= options.seed < 2**32:  # JAX would cut it to so many bits
         raise sj.ConfigError(f"--seed is {options.seed}; expected 0 to 2^32 - 1.")
-    model = sj.load_model(options.model, dtype=options.dtype)
+    model = sj.load_model(options.model, dtype=options.dtype, check_finite=options.check_finite)
     if model.tokenizer is None:
         raise sj.CheckpointError(f"{options.model} has no tokenizer; text needs one beside the weights.")
     drafter = build_drafter(target=model, acceptance=acceptance, **drafting)

@@ -61,7 +61,7 @@ def restore(directory: Path, like: Any, step: int | None = None) -> Any:
     """Reads checkpoint `step` (None: the newest) into the structure, shapes, dtypes and placement of `like`.
 
     Raises:
-      CheckpointError: no checkpoint, or one of another shape.
+      CheckpointError: no checkpoint, one of another shape, or one that is damaged; the message names the one before.
     """
     step = latest(directory) if step is None else step
     if step is None:
@@ -69,10 +69,32 @@ def restore(directory: Path, like: Any, step: int | None = None) -> Any:
     with ocp.training.Checkpointer(directory.absolute()) as checkpointer:
         try:
             return checkpointer.load_pytree(step, jax.tree.map(_described, like))
-        except (ValueError, KeyError) as error:
+        except Exception as error:  # tensorstore's and Orbax's share no narrow base
+            if _fits(checkpointer, step, like):
+                raise CheckpointError(_damaged(checkpointer, directory, step)) from error
             raise CheckpointError(
                 f"checkpoint {step} in {directory} does not fit this configuration: {error}"
             ) from error
+
+
+def _fits(checkpointer: Any, step: int, like: Any) -> bool:
+    """Whether what the checkpoint says of itself is what is asked for, or cannot be read: then its data is damaged."""
+    try:
+        found = checkpointer.pytree_metadata(step).metadata
+        shapes = [(tuple(leaf.shape), np.dtype(leaf.dtype)) for leaf in jax.tree.leaves(found)]
+    except Exception:
+        return True
+    wanted = [(tuple(np.shape(leaf)), np.dtype(leaf.dtype)) for leaf in jax.tree.leaves(like)]
+    return not shapes or shapes == wanted
+
+
+def _damaged(checkpointer: Any, directory: Path, step: int) -> str:
+    before = [int(c.step) for c in checkpointer.checkpoints if int(c.step) < step]
+    then = f"goes on from checkpoint {max(before)}" if before else "begins again"
+    return (
+        f"checkpoint {step} in {directory} is damaged: some of its files are missing or cannot be read. Remove the "
+        f"folder {directory / str(step)}, and the same command {then}."
+    )
 
 
 def _described(leaf: jax.Array | np.ndarray) -> jax.ShapeDtypeStruct | np.ndarray:

@@ -22,13 +22,16 @@ from specjax.target.families import config_from_hf, family_of
 from specjax.target.params import Params
 
 
-def load_hf(directory: str | os.PathLike[str], dtype: DTypeLike) -> tuple[Params, ModelConfig]:
+def load_hf(
+    directory: str | os.PathLike[str], dtype: DTypeLike, *, check_finite: bool = False
+) -> tuple[Params, ModelConfig]:
     """Reads a Hugging Face directory, tensor by tensor.
 
     Args:
       directory: holds config.json and either model.safetensors or an index and its shards; generation_config.json
         where there is one.
       dtype: of the parameters; the files may be float16, bfloat16 or float32.
+      check_finite: whether to look for numbers that are none.
 
     Raises:
       CheckpointError: files missing or damaged, or tensors that do not fit; all of these are listed at once.
@@ -56,8 +59,11 @@ def load_hf(directory: str | os.PathLike[str], dtype: DTypeLike) -> tuple[Params
     ]
     layout.refuse(problems, str(directory))
     by_name = {t.name: t for t in found}
-    params = layout.fill(plan, lambda name, start, stop: tensors.rows(by_name[name], start, stop), dtype)
-    return params, config
+
+    def rows(name: str, start: int, stop: int) -> np.ndarray:
+        return tensors.rows(by_name[name], start, stop)
+
+    return layout.fill(plan, layout.finite(rows) if check_finite else rows, dtype), config
 
 
 _TIED = ("model.embed_tokens.weight", "lm_head.weight")

@@ -149,6 +149,22 @@ def refuse(problems: list[str], where: str) -> None:
         )
 
 
+def finite(read: ReadRows) -> ReadRows:
+    """`read`, which raises a `CheckpointError` for the first tensor that holds NaN or infinity."""
+
+    def checked(name: str, start: int, stop: int) -> np.ndarray:
+        rows = read(name, start, stop)
+        bad = int((~np.isfinite(rows.astype(np.float32))).sum())
+        if bad:
+            raise CheckpointError(
+                f"{name} holds {bad} numbers that are not finite in its rows {start} to {stop - 1}; download it again, "
+                "or take the checkpoint before it."
+            )
+        return rows
+
+    return checked
+
+
 def fill(plan: Layout, read: ReadRows, dtype: DTypeLike) -> Params:
     """Reads every tensor into its place, one leaf after the other: nothing beyond one leaf exists twice."""
     leaves = []

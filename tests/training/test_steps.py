@@ -4,7 +4,9 @@ import contextlib
 import json
 import os
 import random
+import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -364,3 +366,48 @@ def test_placement_and_amounts(tmp_path):
     assert log[-1]["tokens_per_second"] == pytest.approx(64 * log[-1]["steps_per_second"])
     assert seen == [[], (1, 0.0), (2, 1.0), [1, 2]]
     assert run(3)[0]["sum"].committed  # restored where it was
+
+
+def refusal(function, *arguments):
+    """The message of the CheckpointError that it raises; None where it does not."""
+    try:
+        function(*arguments)
+    except sj.CheckpointError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("how", ["cut", "empty", "missing"])
+def test_a_damaged_checkpoint_is_called_so(tmp_path, how):
+    """Whichever of its files it is; the message says where the run then goes on, and it does."""
+
+    def run(steps, directory):
+        return run_steps(add, start, counting(), steps=steps, directory=directory, checkpoint_every=3, keep=3)
+
+    run(6, tmp_path / "whole")
+    files = [f for f in (tmp_path / "whole" / "checkpoints" / "6").rglob("*") if f.is_file() and f.stat().st_size]
+    refused = 0
+    for number, file in enumerate(files):
+        directory = tmp_path / str(number)
+        shutil.copytree(tmp_path / "whole", directory)
+        damaged = directory / file.relative_to(tmp_path / "whole")
+        if how == "missing":
+            damaged.unlink()
+        else:
+            damaged.write_bytes(b"" if how == "empty" else damaged.read_bytes()[: damaged.stat().st_size // 2])
+        told = refusal(run, 9, directory)
+        if told is not None:
+            refused += 1
+            assert re.search(
+                r"checkpoint 6 in .* is damaged.*Remove the folder .*6, and .* goes on from checkpoint 3", told
+            )
+            shutil.rmtree(directory / "checkpoints" / "6")
+            assert float(run(9, directory).state["sum"]) == sum(range(9))
+    assert refused >= 3  # the others repeat what can be read elsewhere
+
+
+def test_the_only_checkpoint_damaged(tmp_path):
+    run_steps(add, start, counting(), steps=3, directory=tmp_path, checkpoint_every=3)
+    (tmp_path / "checkpoints" / "3" / "state" / "_METADATA").unlink()
+    with pytest.raises(sj.CheckpointError, match=r"is damaged.*and the same command begins again"):
+        run_steps(add, start, counting(), steps=6, directory=tmp_path, checkpoint_every=3)
