@@ -454,7 +454,11 @@ def test_a_number_that_is_none_in_the_midst_of_an_answer(model):
     wrong = poisoned(model, lambda p: dataclasses.replace(p, embed=p.embed.at[late].set(jnp.nan)))
     wrong = dataclasses.replace(wrong, params=dataclasses.replace(wrong.params, lm_head=model.params.unembedding))
     seen = []
-    with pytest.raises(sj.CheckpointError, match="after the embedding"):
+
+    def decoded():
         for item in sj.stream(wrong, PROMPT, max_new_tokens=12):
-            seen += item.tokens.tolist()
+            seen.extend(item.tokens.tolist())
+
+    with pytest.raises(sj.CheckpointError, match="after the embedding"):
+        decoded()
     assert seen == base[: at + 1].tolist()
