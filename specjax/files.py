@@ -1,7 +1,10 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and NumPy's, whatever is wrong with them."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+
+import numpy as np
 
 from specjax.errors import DataError, SpecJaxError
 
@@ -9,6 +12,31 @@ _REMEDY = (
     "what was written before is intact. Free some space or name another directory, then run the same command again: it "
     "goes on from there."
 )
+
+
+def read_arrays(
+    path: str | Path, refuse: Callable[[str], SpecJaxError], wanted: Callable[[str], bool] = lambda name: True
+) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file by name, or of an .npy file under the name "".
+
+    Args:
+      refuse: makes the error of what is wrong.
+      wanted: which of them to read.
+
+    Raises:
+      SpecJaxError: a file that is missing, damaged or of another kind; pickled objects are never read.
+    """
+    try:
+        found = np.load(path, allow_pickle=False)
+        if isinstance(found, np.ndarray):
+            return {"": found}
+        with found as file:
+            arrays = {name: file[name] for name in file.files if wanted(name)}
+    except Exception as error:  # NumPy and zipfile raise what comes: TokenError, EOFError, BadZipFile, ...
+        raise refuse(f"{type(error).__name__}: {error}") from error
+    if strange := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
+        raise refuse(f"{strange[0]} is no array")
+    return arrays
 
 
 def write_atomically(

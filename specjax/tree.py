@@ -297,7 +297,7 @@ class Tree:
         """
         try:
             data = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise TreeError(f"the tree is not JSON ({error}); expected what Tree.to_json writes.") from error
         found = (data.get("format"), data.get("version")) if isinstance(data, dict) else (None, None)
         if found != (_FORMAT, _VERSION):

@@ -245,7 +245,7 @@ def _round_times(path: Path | None, table):  # type: ignore[no-untyped-def]  # R
         return None
     try:
         result = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"cannot read the round times {path} ({error}); make them with `specjax bench`.") from error
     times, dtype = RoundTimes.from_result(result), table.manifest.get("dtype")
     timed = (result.get("config") or {}).get("dtype", dtype)

@@ -127,7 +127,7 @@ def _records(path: str | Path) -> Iterator[tuple[str, Any]]:
         if line.strip():
             try:
                 yield f"{path}:{number}", json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{path}:{number} is not JSON ({error}); {_EXPECTED}.") from error
 
 
@@ -189,7 +189,7 @@ def _tools(tools: Any, where: str) -> list[Any] | None:
     if isinstance(tools, str):
         try:
             found = json.loads(tools) if tools.strip() else None
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{where} has tools that are no JSON ({error}); correct them, or remove them.") from error
     if found is not None and not isinstance(found, list):
         raise DataError(f"{where} has tools {tools!r}; expected a list of descriptions.")

@@ -99,7 +99,7 @@ def load(directory: Path) -> tuple[Manifest, dict[str, int]]:
         if found == (_FORMAT, _VERSION):
             counts = record.pop("counts")
             return Manifest(**record), counts
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(
             f"{file} is not a manifest ({type(error).__name__}: {error}); name another directory or delete this one."
         ) from error

@@ -45,7 +45,7 @@ def _prompt(line: str, where: str) -> Prompt:
     expected = 'expected {"question_id": 1, "category": "chat", "turns": ["..."]}'
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where} is not JSON ({error}); {expected}.") from error
     if not isinstance(record, dict):
         raise DataError(f"{where} is {type(record).__name__}; {expected}.")

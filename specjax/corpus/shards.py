@@ -6,7 +6,6 @@ batch too), so that a killed run goes on where it stopped without losing a conve
 
 import io
 import time
-import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from specjax.corpus.answers import answer, chat_tokenizer
 from specjax.corpus.conversation import Conversation, conversations
 from specjax.corpus.manifest import Manifest
 from specjax.errors import DataError
-from specjax.files import write_atomically
+from specjax.files import read_arrays, write_atomically
 from specjax.loading.load import Model
 
 Messages = Sequence[dict[str, str]]
@@ -122,11 +121,14 @@ def read_shards(paths: Sequence[Path]) -> list[Conversation]:
 
 def _load(path: Path, features: bool = False) -> dict[str, np.ndarray]:
     remedy = "delete the file, and run the distillation again to make it anew."
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            data = {name: file[name] for name in file if features or name != "features"}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} cannot be read ({type(error).__name__}: {error}); {remedy}") from error
+
+    def refuse(what: str) -> DataError:
+        return DataError(f"{path} cannot be read ({what}); {remedy}")
+
+    data = read_arrays(path, refuse, lambda name: features or name != "features")
+    for name, array in data.items():
+        if array.ndim != 1 + (name == "features") or array.dtype.kind not in "iu":
+            raise refuse(f"{name} is {array.dtype} of shape {array.shape}")
     if missing := {"tokens", "lengths", "prompts", "prompt_lengths"} - set(data):
         raise DataError(f"{path} lacks {sorted(missing)}; {remedy}")
     rows = [data["lengths"].sum(), *(len(data[n]) for n in ("tokens", "features") if n in data)]

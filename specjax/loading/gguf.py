@@ -41,7 +41,12 @@ def load_gguf(
       ConfigError: an architecture or feature that the decoder does not compute.
     """
     readers = [_opened(part) for part in _parts(Path(path))]
-    metadata = {key: field.contents() for key, field in readers[0].fields.items()}
+    try:
+        metadata = {key: field.contents() for key, field in readers[0].fields.items()}
+    except Exception as error:  # of a damaged file, in many ways
+        raise CheckpointError(
+            f"the metadata of {path} cannot be read ({error!r}); is the download complete?"
+        ) from error
     _check_parts(metadata, len(readers), path)
     for reader in readers:
         reader.fields.clear()  # one array header per token and merge: as large as a small model
@@ -105,7 +110,7 @@ def _check_parts(metadata: dict[str, Any], found: int, path: str | os.PathLike[s
 def _opened(path: Path) -> "_Reader":
     try:
         return _Reader(path)
-    except (ValueError, IndexError, OSError) as error:
+    except Exception as error:  # of a damaged file, in many ways
         raise CheckpointError(f"{path} cannot be read as a GGUF file ({error}); is the download complete?") from error
 
 
@@ -122,6 +127,12 @@ class _Reader(gguf.GGUFReader):
     @data.setter
     def data(self, mapped: Any) -> None:
         self._data = mapped.view(np.ndarray)
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+        # The package takes what is left where less is left: a length that lies would be a loop without an end.
+        if not 0 <= int(offset) <= int(offset) + np.dtype(dtype).itemsize * int(count) <= len(self._data):
+            raise ValueError(f"{count} values at {offset} are beyond its {len(self._data)} bytes")
+        return super()._get(offset, dtype, count, override_order)
 
 
 def _readable(kind: gguf.GGMLQuantizationType) -> bool:

@@ -100,7 +100,7 @@ def heads_metadata(source: str | os.PathLike[str]) -> dict[str, Any]:
     native = _native_header(_files(_resolve(source))[0])
     try:
         return {} if native is None else dict(json.loads(native.get("metadata", "{}")))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"the metadata in the header of the heads at {str(source)!r} is no JSON object ({error}); was it edited?"
         ) from error
@@ -196,7 +196,7 @@ def _json(path: Path) -> dict[str, Any]:
         return {}
     try:
         return dict(json.loads(path.read_text("utf-8")))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} is not a JSON object ({error}); is the download complete?") from error
 
 
@@ -217,5 +217,5 @@ def _read_native(tensors: Mapping[str, Tensor], header: Mapping[str, str], dtype
         params = {name: jnp.asarray(tensors[f"params.{name}"].read(), dtype) for name in abstract["params"]}
         ids = None if size is None else jnp.asarray(tensors["token_map"].read(), jnp.int32)
         return check_token_map(Heads(params, ids, config))
-    except (ConfigError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (ConfigError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"the config in its header does not describe heads ({error}).") from error

@@ -18,6 +18,7 @@ FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
+_IDS = 10**9
 _NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
 _MORE = ("additional_special_tokens", "extra_special_tokens")
 
@@ -96,6 +97,8 @@ def _text(value: Any, name: str, source: str) -> str | None:
     told = value.get("content") if isinstance(value, Mapping) else value
     if value is not None and not isinstance(told, str):
         raise CheckpointError(f"{source} has {name} {value!r}; expected a text, or an object with its content.")
+    if isinstance(told, str) and any("\ud800" <= letter <= "\udfff" for letter in told):
+        raise CheckpointError(f"{source} has {name} {value!r}, half a surrogate pair; expected valid Unicode.")
     return told
 
 
@@ -122,13 +125,13 @@ def _add_numbered(
     if not isinstance(decoder, Mapping):
         raise CheckpointError(f"tokenizer_config.json has added_tokens_decoder {decoder!r}; expected an object.")
     for token, number in added.items():
-        if not is_whole(number):
+        if not is_whole(number) or not 0 <= number < _IDS or _text(token, "the token", "added_tokens.json") == "":
             raise CheckpointError(f"added_tokens.json gives {token!r} the id {number!r}; expected a whole number.")
         # As it is in the tokenizer, or else special: what such files list are markers.
         numbered[number] = AddedToken(token, special=True, normalized=False)
     for text, entry in decoder.items():
         content = _text(entry, f"added_tokens_decoder {text}", "tokenizer_config.json")
-        if not text.isdecimal() or content is None:
+        if not text.isdecimal() or len(text) > 9 or content is None:
             raise CheckpointError(
                 f"tokenizer_config.json has added_tokens_decoder {text!r}: {entry!r}; expected an id with a token."
             )

@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Int
 
 from specjax.errors import CheckpointError
+from specjax.files import read_arrays
 from specjax.loading import hf_tokenizer
 from specjax.loading.gguf import load_gguf
 from specjax.loading.hf import load_hf, save_hf
@@ -91,10 +92,14 @@ def load_draft(
     file = path / _TOKEN_MAP
     if not file.is_file():
         return model, None
-    try:
-        token_map = np.load(file, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} is not a NumPy file ({error}); is the download complete?") from error
+
+    def refuse(what: str) -> CheckpointError:
+        return CheckpointError(f"{file} is not a NumPy file of one array ({what}); is the download complete?")
+
+    found = read_arrays(file, refuse)
+    if found.keys() != {""}:
+        raise refuse(f"it holds {sorted(found)}")
+    token_map = found[""]
     if token_map.shape != (model.config.vocab_size,) or token_map.dtype.kind != "i":
         raise CheckpointError(
             f"{file} holds {token_map.dtype} of shape {token_map.shape}; expected one integer for each of the draft's "

@@ -41,11 +41,13 @@ def files(directory: Path) -> list[Path]:
         raise CheckpointError(f"{directory} has neither {SINGLE} nor {INDEX}; pickled weights are not loaded.")
     try:
         shards = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index} is no index of shards ({error!r}); is the download complete?") from error
     if not shards or not all(isinstance(shard, str) for shard in shards):
         raise CheckpointError(f"{index} names no shards; is the download complete?")
-    missing = [shard for shard in shards if not (directory / shard).exists()]
+    if outside := [shard for shard in shards if shard in ("", ".", "..") or set(shard) & set("/\\\0")]:
+        raise CheckpointError(f"{index} names {outside[0]!r}; expected names of files beside it, without folders.")
+    missing = [shard for shard in shards if len(shard) > 255 or not (directory / shard).exists()]
     if missing:
         raise CheckpointError(f"{INDEX} names {missing}, which {directory} lacks; complete the download.")
     return [directory / shard for shard in shards]

@@ -71,15 +71,22 @@ def scan(path: Path) -> dict[str, Stored]:
 
 
 def read(tensor: Stored) -> np.ndarray:
-    """The tensor's values, in the file's dtype."""
-    with zipfile.ZipFile(tensor.file) as archive:
-        raw = archive.read(tensor.entry)
+    """The tensor's values, in the file's dtype.
+
+    Raises:
+      CheckpointError: a damaged archive.
+    """
+    try:
+        with zipfile.ZipFile(tensor.file) as archive:
+            raw = archive.read(tensor.entry)
+    except Exception as error:  # of a damaged archive, in many ways
+        raise CheckpointError(f"{tensor.file}: {tensor.entry} cannot be read ({error}); is it whole?") from error
     size = tensor.dtype.itemsize
     strides = tuple(size * step for step in tensor.strides)
     return np.ndarray(tensor.shape, tensor.dtype, raw, size * tensor.offset, strides)
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):  # the Python version: a number in the file makes the C one allocate as it says
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
             return collections.OrderedDict

@@ -8,8 +8,6 @@ token j, with its `log_p` and `entropy`, is row j's; head i's draft there is jud
 import functools
 import io
 import json
-import zipfile
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from specjax.errors import DataError
-from specjax.files import write_atomically
+from specjax.files import read_arrays, write_atomically
 from specjax.fingerprint import fingerprint, float_dtype
 from specjax.heads import Heads
 from specjax.loading.load import Model
@@ -28,12 +26,6 @@ UNLABELLED = -1  # a rank past the end of its sequence
 _FORMAT, _VERSION = "specjax.ranks", 2
 _COLUMNS = ("ranks", "confidence", "log_p", "entropy", "tokens", "lengths", "categories")
 _OPTIONAL = ("draft_log_p", "typical_entropy")
-# What reading gives for an empty file, a zip that was cut off or is damaged, a plain .npy array, another .npz.
-_DAMAGE = (
-    OSError, EOFError, ValueError, NotImplementedError, zipfile.BadZipFile, zlib.error, KeyError, TypeError,
-    AttributeError,
-)  # fmt: skip
-
 # Which of a table's positions count: for all heads alike, or for each.
 Where = Bool[np.ndarray, "n"] | Bool[np.ndarray, "n C"] | None
 
@@ -270,20 +262,20 @@ class RankTable:
           DataError: no such file, a damaged one, another format or version, missing columns, or an unsound table.
         """
         try:
-            with np.load(path, allow_pickle=False) as file:
-                data = {name: file[name] for name in file}
+            data = read_arrays(path, DataError)
             header = json.loads(str(data["header"]))
             found = header["format"], header["version"]
             cap, manifest = int(header["cap"]), dict(header["manifest"])
-        except _DAMAGE as error:
-            raise DataError(f"{path} is not a rank table ({error!r}); make one with `specjax tree measure`.") from error
+            categories = tuple(map(str, data.get("categories", ())))
+        except Exception as error:  # of what NumPy makes of damaged texts, among others
+            raise DataError(f"{path} is not a rank table ({error}); make one with `specjax tree measure`.") from error
         if found != (_FORMAT, _VERSION):
             raise DataError(f"{path} has format and version {found}; expected {(_FORMAT, _VERSION)}. Measure again.")
         if missing := [name for name in _COLUMNS if name not in data]:
             raise DataError(f"{path} lacks the columns {missing}; measure again with `specjax tree measure`.")
-        columns = {name: data[name] for name in (*_COLUMNS, *_OPTIONAL) if name in data}
+        columns: dict[str, Any] = {name: data[name] for name in (*_COLUMNS, *_OPTIONAL) if name in data}
         columns |= {"confidence": data["confidence"].astype(np.float32)}
-        return cls(**columns | {"categories": tuple(map(str, data["categories"]))}, cap=cap, manifest=manifest).check()
+        return cls(**columns | {"categories": categories}, cap=cap, manifest=manifest).check()
 
 
 def check_path(path: str | Path) -> None:

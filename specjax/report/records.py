@@ -47,12 +47,16 @@ def load_records(directory: Path) -> list[Record]:
     for path in sorted(directory.glob("*.json")):
         try:
             result = json.loads(path.read_text("utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path} is no JSON ({error}); put the record back.") from error
         if not isinstance(result, dict) or "environment" not in result:
             continue  # a tree or a manifest that belongs to a record
         environment = result["environment"]
-        if "date" not in environment or not ({"cpu", "machine"} & environment.keys()):
+        if (
+            not isinstance(environment, dict)
+            or "date" not in environment
+            or not ({"cpu", "machine"} & environment.keys())
+        ):
             raise DataError(f"{path} does not say when and on which machine it was made; add date and machine.")
         found.append(Record(path.stem, result))
     return found
@@ -175,18 +179,26 @@ def _flat(records: Sequence[Record], field: str | None = None) -> str:
 
 
 def table(records: Sequence[Record]) -> str:
-    """The table that fits what the records hold."""
-    first = records[0].result
-    kinds: Sequence[tuple[bool, Callable[[Sequence[Record]], str]]] = (
-        ("methods" in first, _decoded),
-        ("evaluations" in first, _trained),
-        ("measured" in first, _searched),
-        ("rows" in first and "ratio" in (first["rows"] or [{}])[0], _compared_steps),
-        ("rows" in first, lambda records: _flat(records, "rows")),
-        ("evaluation" in first, lambda records: _flat(records, "evaluation")),
-        (True, _flat),
-    )
-    return next(made for fits, made in kinds if fits)(records)
+    """The table that fits what the records hold.
+
+    Raises:
+      DataError: a record that lacks what the others of its kind have.
+    """
+    try:
+        first = records[0].result
+        kinds: Sequence[tuple[bool, Callable[[Sequence[Record]], str]]] = (
+            ("methods" in first, _decoded),
+            ("evaluations" in first, _trained),
+            ("measured" in first, _searched),
+            ("rows" in first and "ratio" in (first["rows"] or [{}])[0], _compared_steps),
+            ("rows" in first, lambda records: _flat(records, "rows")),
+            ("evaluation" in first, lambda records: _flat(records, "evaluation")),
+            (True, _flat),
+        )
+        return next(made for fits, made in kinds if fits)(records)
+    except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        told = ", ".join(record.name for record in records)
+        raise DataError(f"one of the records {told} lacks what its table shows ({error!r}); put it back.") from error
 
 
 def _experiments(directory: Path) -> str:
@@ -234,7 +246,7 @@ def add(result: Path, root: Path) -> Path:
         found = json.loads(result.read_text("utf-8"))
         name, environment = found["experiment"], found["environment"]
         date = environment["date"][:10]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{result} is no result.json of an experiment ({error!r}); name one.") from error
     folder, stem = root / "experiments" / "records" / name, f"{machine_name(environment)}-{date}"
     folder.mkdir(parents=True, exist_ok=True)

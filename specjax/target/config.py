@@ -12,6 +12,8 @@ import numpy as np
 from specjax.checks import is_whole
 from specjax.errors import ConfigError
 
+MOST_LAYERS = 1000  # ten times as many as any published model has
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -90,6 +92,10 @@ class ModelConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name} is {value!r}; expected a positive integer.")
+        if self.num_layers > MOST_LAYERS:
+            raise ConfigError(
+                f"num_layers is {self.num_layers}; expected at most {MOST_LAYERS}. Is the config damaged?"
+            )
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}; "

@@ -53,7 +53,7 @@ def check(file: Path, settings: Mapping[str, Any]) -> None:
             f"{file}, which says what the checkpoints beside it were begun with, is missing: an older version began "
             "the run, or the file was removed; name another --output-dir."
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{file}, which says what the checkpoints beside it were begun with, cannot be read ({error}); put it "
             "back, or name another --output-dir."
