@@ -161,8 +161,9 @@ def _imported(name: str, module: str, attribute: str) -> Callable[..., Drafter] 
     try:
         with _from_this_folder():
             imported = importlib.import_module(module)
-        if not hasattr(imported, attribute) and attribute in _ENTRIES:  # by the name that it registers
-            return _ENTRIES[attribute]
+        registered = _ENTRIES.get(attribute)
+        if registered is not None and registered.build.__module__ == module and not hasattr(imported, attribute):
+            return registered
         made = getattr(imported, attribute)
     except ModuleNotFoundError as error:
         if error.name and not f"{module}.".startswith(f"{error.name}."):

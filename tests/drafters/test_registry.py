@@ -206,6 +206,8 @@ def test_a_registered_name_brings_all_of_its_entry(outside, checkpoint, capsys):
     with pytest.raises(SystemExit):
         main([*command, "--drafter", "periodic:periodic", "--help"])
     assert "how many tokens a period has" in capsys.readouterr().out
+    assert main([*command, "--drafter", "periodic:ngram"]) == 2  # another module's
+    assert "has no attribute 'ngram'" in capsys.readouterr().err
     (outside / "filed.py").write_text(
         "import specjax as sj\n"
         "def make(given):\n    print('file', given.files['notes'])\n    return sj.NgramDrafter(sj.Tree.chain(1))\n"
