@@ -9,10 +9,10 @@ from specjax.studies.mutants import mutant
 
 @pytest.mark.parametrize("name", READERS)
 def test_a_reader_gives_a_result_or_a_refusal(name, fast):
-    found = attack(name, 150 if fast else 2000, seed=5)
+    found = attack(name, 100 if fast else 2000, seed=5)
     assert found["finds"] == []
     refused = sum(found["ends"].values()) - found["ends"].get("read", 0)
-    assert refused > 20  # mutants are not all harmless
+    assert refused > 15  # mutants are not all harmless
 
 
 def test_an_escaping_error_is_a_find(monkeypatch):

@@ -32,9 +32,8 @@ def plain():
     return json.loads(json.dumps(precision_job.decoded()))
 
 
-@pytest.mark.parametrize(
-    "settings", [X64 | STRICT, pytest.param(X64, marks=pytest.mark.full), pytest.param(STRICT, marks=pytest.mark.full)]
-)
+@pytest.mark.full  # 20 seconds each
+@pytest.mark.parametrize("settings", [X64 | STRICT, X64, STRICT])
 def test_decoding_and_ranks_are_the_same(plain, settings):
     assert run(settings) == plain
 
