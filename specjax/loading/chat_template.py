@@ -23,7 +23,7 @@ from specjax.errors import PromptError
 
 OPEN, CLOSE = "\ufdd0", "\ufdd1"  # noncharacters, which Unicode keeps for such internal use
 _LONGEST = 200_000  # characters of a template; published ones have up to 30,000
-_STEP = 20  # what a step counts beside the characters that it makes
+_STEP = 60  # what a step counts beside the characters that it makes
 _BUDGET, _BUDGET_PER_CHARACTER = 20_000_000, 50  # of a rendering, and for each character of the messages
 
 _left: contextvars.ContextVar[int] = contextvars.ContextVar("left")
