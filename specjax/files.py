@@ -1,7 +1,10 @@
-"""Files that are there whole or not at all, and NumPy's, whatever is wrong with them."""
+"""Files that are there whole or not at all, NumPy's, whatever is wrong with them, and folders for one run at a time."""
 
+import fcntl
+import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +40,53 @@ def read_arrays(
     if strange := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
         raise refuse(f"{strange[0]} is no array")
     return arrays
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes an .npz file, as `write_atomically`."""
+    whole = io.BytesIO()
+    np.savez(whole, **arrays)  # type: ignore[arg-type]  # numpy's stub takes the keywords for allow_pickle
+    write_atomically(path, whole.getbuffer())
+
+
+@contextmanager
+def locked(directory: Path, name: str, remedy: str) -> Iterator[None]:
+    """Holds `directory` for this process alone while inside; a process that is killed holds nothing any more.
+
+    Args:
+      name: of the lock; others may be held in the same directory.
+      remedy: how the error ends.
+
+    Raises:
+      DataError: another process holds it, or the directory cannot be written.
+    """
+    file = directory / f".{name}.lock"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        while True:
+            held = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(held), file.stat()):
+                    break
+            except FileNotFoundError:  # whoever held it ended between the two, and removed it
+                pass
+            except BlockingIOError:
+                other = os.pread(held, 20, 0).decode(errors="replace") or "unknown"
+                os.close(held)
+                raise DataError(f"{directory} is in use by process {other}; {remedy}") from None
+            os.close(held)
+    except OSError as error:
+        raise DataError(
+            f"cannot make or write the directory {directory} ({error.strerror or error}); name another one."
+        ) from error
+    try:
+        os.ftruncate(held, 0)
+        os.pwrite(held, str(os.getpid()).encode(), 0)
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+        os.close(held)
 
 
 def write_atomically(

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line; gives the exit code (2 for a refused request)."""
     from specjax.errors import SpecJaxError
+    from specjax.stopping import Stopped
 
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -43,6 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read the output has enough of it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
         return 128 + signal.SIGPIPE
+    except Stopped as stopped:
+        print(f"specjax: {stopped}. The same command goes on from there.", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except KeyboardInterrupt:
+        print("\nspecjax: interrupted.", file=sys.stderr)
+        return 128 + signal.SIGINT
     except (SpecJaxError, OSError) as error:  # a folder that is missing, a disk that is full
         print(f"specjax: {error}", file=sys.stderr)
         return 2
@@ -217,7 +224,11 @@ def _generate(options: argparse.Namespace, rest: list[str]) -> int:
     else:
         ids = _templated(model, [{"role": "user", "content": options.prompt}])
     shown, console = Shown(), Console(highlight=False)
-    show(stream(model, ids, **request), model.tokenizer, console, shown, colour=False, stop=options.stop)
+    try:
+        show(stream(model, ids, **request), model.tokenizer, console, shown, colour=False, stop=options.stop)
+    except KeyboardInterrupt:
+        print(f"\n[{shown.tally}]", file=sys.stderr)
+        raise
     print(f"[{shown.tally}]", file=sys.stderr)
     return 0
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -112,9 +113,13 @@ def _measure(options: argparse.Namespace, rest: list[str]) -> int:
     import specjax as sj
     from specjax.corpus.prompts import load_prompts
     from specjax.corpus.texts import greedy_answers
+    from specjax.files import locked
+    from specjax.fingerprint import fingerprint, text_fingerprint
+    from specjax.journal import Journal
     from specjax.loading.head_files import heads_for
     from specjax.ranks.measuring import check_measure, measure
     from specjax.ranks.table import check_path
+    from specjax.stopping import Stopped, on_signals
 
     check_path(options.save)
     if options.max_new_tokens < 2:
@@ -124,10 +129,24 @@ def _measure(options: argparse.Namespace, rest: list[str]) -> int:
     prompts = load_prompts(options.prompts)
     model = sj.load_model(options.model, dtype=options.dtype)
     heads = heads_for(model, options.heads, dtype=options.dtype)
-    texts = greedy_answers(model, prompts, max_new_tokens=options.max_new_tokens, batch_size=options.batch_size)
-    texts = [text for text in texts if len(text.answer) > 1]
-    table = measure(model, heads, texts, cap=options.cap, typical_temperature=options.typical_temperature)
-    table.save(options.save)
+    kept = options.save.with_name(options.save.name + ".journal")
+    remedy = "wait for the other `specjax tree measure`, or choose another --save."
+    with locked(options.save.parent, options.save.name, remedy), on_signals():
+        settings = {
+            **{name: getattr(options, name) for name in ("max_new_tokens", "batch_size", "cap", "typical_temperature")},
+            **{"model": fingerprint(model.params), "heads": fingerprint((heads.params, heads.token_map))},
+            **{"dtype": options.dtype, "prompts": text_fingerprint(repr(prompts))},
+        }
+        journal = Journal.open(kept, settings)
+        sizes = {"max_new_tokens": options.max_new_tokens, "batch_size": options.batch_size}
+        texts = greedy_answers(model, prompts, **sizes, journal=journal)
+        texts = [text for text in texts if len(text.answer) > 1]
+        how = {"cap": options.cap, "typical_temperature": options.typical_temperature}
+        table = measure(model, heads, texts, **how, journal=journal)
+        if "partial" in table.manifest:
+            raise Stopped(table.manifest["partial"])
+        table.save(options.save)
+        shutil.rmtree(kept, ignore_errors=True)
     speed, answers = table.manifest["tokens_per_second"], len(table.lengths)
     print(f"{len(table.tokens)} tokens of {answers} answers, {speed:.0f} a second")
     for k in sorted({min(k, table.cap) for k in (1, 3, 5)}):

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from specjax.acceptance import Acceptance, Sample
 from specjax.decode import capacity_for
 from specjax.drafters.base import NoDrafter
-from specjax.errors import DataError
+from specjax.errors import DataError, PromptError
 from specjax.loading.load import Model
 from specjax.loading.tokenizer import Tokenizer
 from specjax.loop import Plan, State, decode_round, start
@@ -210,10 +210,14 @@ def user_turns(
 
     Raises:
       DataError: a model without a tokenizer.
-      PromptError: a tokenizer without a chat template.
+      PromptError: a tokenizer without a chat template, or one that does not write what the user says.
     """
     tokenizer, marker = chat_tokenizer(model), "\x00"
     text = tokenizer.render_chat([{"role": "user", "content": marker}], add_generation_prompt=False)
+    if marker not in text:
+        raise PromptError(
+            "the chat template does not write the user's message, so that no turn can be left open for it."
+        )
     prefix = tokenizer.backend.encode(text[: text.index(marker)], add_special_tokens=False).ids
     sampled = answer(
         model,

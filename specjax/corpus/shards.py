@@ -4,7 +4,6 @@ A shard depends on its number and on what the manifest says alone (but for bfloa
 batch too), so that a killed run goes on where it stopped without losing a conversation or making one twice.
 """
 
-import io
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,12 +12,13 @@ import jax
 import ml_dtypes
 import numpy as np
 
+from specjax import stopping
 from specjax.acceptance import Acceptance
 from specjax.corpus.answers import answer, chat_tokenizer
 from specjax.corpus.conversation import Conversation, conversations
 from specjax.corpus.manifest import Manifest
 from specjax.errors import DataError
-from specjax.files import read_arrays, write_atomically
+from specjax.files import locked, read_arrays, write_arrays
 from specjax.loading.load import Model
 
 Messages = Sequence[dict[str, str]]
@@ -52,54 +52,52 @@ def write_shards(
       progress: called with (shard, its answers' tokens, seconds it took) after each one.
 
     Raises:
-      DataError: shards that another model or other settings made, or that are damaged; a disk that cannot be written
-        (the shards before are intact); prompts that do not fit the model's context.
+      DataError: shards that another model or other settings made, or that are damaged; a directory that another process
+        writes to; a disk that cannot be written (the shards before are intact); prompts that do not fit the model's
+        context.
+      Stopped: that was asked for; the shards before are there.
     """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"cannot make the directory {directory} ({error}); name another one.") from error
-    manifest.claim(directory)
-    for left in directory.glob("*.tmp"):  # by a kill
-        left.unlink(missing_ok=True)
-    paths = [shard_path(directory, shard) for shard in range(shards)]
-    counts = dict.fromkeys(("shards", "conversations", "answer_tokens"), 0)
+    with locked(directory, "shards", "wait until it has made its shards, or name another data.directory."):
+        manifest.claim(directory)
+        for left in directory.glob("*.tmp"):  # by a kill
+            left.unlink(missing_ok=True)
+        paths = [shard_path(directory, shard) for shard in range(shards)]
+        counts = dict.fromkeys(("shards", "conversations", "answer_tokens"), 0)
 
-    def count(lengths: np.ndarray) -> None:
-        for name, more in zip(counts, (1, len(lengths), int(lengths.sum())), strict=True):
-            counts[name] += more
+        def count(lengths: np.ndarray) -> None:
+            for name, more in zip(counts, (1, len(lengths), int(lengths.sum())), strict=True):
+                counts[name] += more
 
-    for path in sorted(directory.glob("shard_?????.npz")):
-        count(_load(path)["lengths"])
-    manifest.save(directory, counts)
-    for shard, path in enumerate(paths):
-        if path.exists():
-            continue
-        began = time.perf_counter()
-        chats = [chat_tokenizer(model).apply_chat_template(messages) for messages in prompts_for(shard)]
-        made = answer(
-            model,
-            chats,
-            acceptance=acceptance,
-            max_new_tokens=max_new_tokens,
-            key=jax.random.fold_in(key, shard),
-            batch_size=batch_size,
-        )
-        arrays = {
-            "tokens": made.tokens,
-            "lengths": made.lengths,
-            "prompts": np.concatenate([np.asarray(chat, np.int32) for chat in chats]),
-            "prompt_lengths": np.array([len(chat) for chat in chats], np.int32),
-        }
-        if manifest.features:
-            arrays["features"] = made.features.view(np.uint16)
-        whole = io.BytesIO()
-        np.savez(whole, **arrays)  # type: ignore[arg-type]  # numpy's stub takes the keywords for allow_pickle
-        write_atomically(path, whole.getbuffer())
-        count(made.lengths)
+        for path in sorted(directory.glob("shard_?????.npz")):
+            count(_load(path)["lengths"])
         manifest.save(directory, counts)
-        progress(shard, len(made.tokens), time.perf_counter() - began)
-    return paths
+        for shard, path in enumerate(paths):
+            if path.exists():
+                continue
+            stopping.check(f"{shard} of {shards} shards")
+            began = time.perf_counter()
+            chats = [chat_tokenizer(model).apply_chat_template(messages) for messages in prompts_for(shard)]
+            made = answer(
+                model,
+                chats,
+                acceptance=acceptance,
+                max_new_tokens=max_new_tokens,
+                key=jax.random.fold_in(key, shard),
+                batch_size=batch_size,
+            )
+            arrays = {
+                "tokens": made.tokens,
+                "lengths": made.lengths,
+                "prompts": np.concatenate([np.asarray(chat, np.int32) for chat in chats]),
+                "prompt_lengths": np.array([len(chat) for chat in chats], np.int32),
+            }
+            if manifest.features:
+                arrays["features"] = made.features.view(np.uint16)
+            write_arrays(path, arrays)
+            count(made.lengths)
+            manifest.save(directory, counts)
+            progress(shard, len(made.tokens), time.perf_counter() - began)
+        return paths
 
 
 def read_shards(paths: Sequence[Path]) -> list[Conversation]:

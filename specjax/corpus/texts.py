@@ -2,11 +2,14 @@
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from specjax.batch import generate_batch
 from specjax.corpus.conversation import Conversation
 from specjax.corpus.prompts import Prompt
 from specjax.corpus.split import turns
 from specjax.errors import DataError
+from specjax.journal import NOWHERE, Journal, whole
 from specjax.loading.load import Model
 from specjax.ranks.measuring import Text
 
@@ -18,11 +21,16 @@ def greedy_answers(
     max_new_tokens: int = 128,
     batch_size: int = 16,
     progress: Callable[[int], None] = lambda prompts: None,
+    journal: Journal = NOWHERE,
 ) -> list[Text]:
     """Answers the first turn of every prompt, in batches of prompts of like length; the order is kept.
 
+    Args:
+      journal: keeps the batches that are done.
+
     Raises:
       DataError: no prompts, a batch size below 1, or a model without a tokenizer.
+      Stopped: that was asked for; what is done is in the journal.
     """
     if batch_size < 1:
         raise DataError(f"batch_size is {batch_size}; expected at least 1.")
@@ -30,12 +38,20 @@ def greedy_answers(
         raise DataError(f"{len(prompts)} prompts, tokenizer {model.tokenizer}; answering needs both.")
     ids = [model.tokenizer.apply_chat_template([{"role": "user", "content": p.turns[0]}]) for p in prompts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
+
+    def answered(number: int) -> dict[str, np.ndarray]:
+        made = generate_batch(model, [ids[i] for i in batches[number]], max_new_tokens=max_new_tokens)
+        return {
+            "tokens": np.concatenate([out.tokens for out in made]),
+            "lengths": np.array([len(o.tokens) for o in made]),
+        }
+
+    done = journal.pieces("answers", len(batches), answered, progress=lambda number: progress(len(batches[number])))
     texts: dict[int, Text] = {}
-    for at in range(0, len(order), batch_size):
-        batch = order[at : at + batch_size]
-        made = generate_batch(model, [ids[i] for i in batch], max_new_tokens=max_new_tokens)
-        texts |= {i: Text(ids[i], out.tokens, prompts[i].category) for i, out in zip(batch, made, strict=True)}
-        progress(len(batch))
+    for batch, piece in zip(batches, whole(done), strict=True):
+        answers = np.split(piece["tokens"], np.cumsum(piece["lengths"])[:-1])
+        texts |= {i: Text(ids[i], answer, prompts[i].category) for i, answer in zip(batch, answers, strict=True)}
     return [texts[i] for i in range(len(ids))]
 
 

@@ -22,7 +22,8 @@ import jinja2.sandbox
 from specjax.errors import PromptError
 
 OPEN, CLOSE = "\ufdd0", "\ufdd1"  # noncharacters, which Unicode keeps for such internal use
-_LONGEST = 200_000  # characters of a template; published ones have up to 30,000
+_LONGEST = 200_000  # characters of a template, and of what it may add to the messages; published ones have up to 30,000
+_PER_CHARACTER = 8  # how often it may repeat them
 _STEP = 60  # what a step counts beside the characters that it makes
 _BUDGET, _BUDGET_PER_CHARACTER = 20_000_000, 50  # of a rendering, and for each character of the messages
 
@@ -46,15 +47,19 @@ def render(
     if len(source) > _LONGEST:
         raise PromptError(f"the chat template has {len(source)} characters; at most {_LONGEST} are read.")
     given = {"messages": [dict(m) for m in messages], "tools": None if tools is None else list(tools)}
-    token = _left.set(_BUDGET + _BUDGET_PER_CHARACTER * len(repr(given)))
+    size = len(repr(given))
+    token = _left.set(_BUDGET + _BUDGET_PER_CHARACTER * size)
     try:
-        return _template(source).render(
+        text = _template(source).render(
             **given,
             documents=None,
             add_generation_prompt=add_generation_prompt,
             strftime_now=strftime_now,
             **special_tokens,
         )
+        if len(text) > _LONGEST + _PER_CHARACTER * size:  # reading it as tokens would take long
+            raise jinja2.TemplateError(f"it makes {len(text)} characters of messages of {size}.")
+        return text
     except jinja2.TemplateError as error:
         raise PromptError(f"the chat template refuses these messages: {error}") from error
     except (Exception, RecursionError, MemoryError) as error:  # a template is a program: it can fail in any way

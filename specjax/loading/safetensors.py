@@ -47,7 +47,8 @@ def files(directory: Path) -> list[Path]:
         raise CheckpointError(f"{index} names no shards; is the download complete?")
     if outside := [shard for shard in shards if shard in ("", ".", "..") or set(shard) & set("/\\\0")]:
         raise CheckpointError(f"{index} names {outside[0]!r}; expected names of files beside it, without folders.")
-    missing = [shard for shard in shards if len(shard) > 255 or not (directory / shard).exists()]
+    there = {path.name for path in directory.iterdir()}  # asked for one by one, too long a name is an error
+    missing = [shard for shard in shards if shard not in there]
     if missing:
         raise CheckpointError(f"{INDEX} names {missing}, which {directory} lacks; complete the download.")
     return [directory / shard for shard in shards]

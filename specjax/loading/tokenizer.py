@@ -70,7 +70,7 @@ class Tokenizer:
         """The ids of `text`, after a BOS where this tokenizer adds one; special tokens in `text` count as such.
 
         Raises:
-          PromptError: no text, or half a surrogate pair in it.
+          PromptError: no text, half a surrogate pair in it, or a tokenizer that fails on it.
         """
         return self._encoded(text).ids
 
@@ -83,7 +83,10 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:  # a file or a command line that is not UTF-8
             raise PromptError(f"the text is no valid Unicode ({error}); is its source UTF-8?") from error
-        return (backend or self.backend).encode(text, add_special_tokens=add_special_tokens)
+        try:
+            return (backend or self.backend).encode(text, add_special_tokens=add_special_tokens)
+        except Exception as error:  # the library raises nothing narrower, e.g. for an unknown token that is none
+            raise PromptError(f"this tokenizer cannot encode the text ({error}); is its file damaged?") from error
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `ids`; special tokens such as the EOS are left out unless asked for."""
@@ -162,9 +165,9 @@ class Tokenizer:
             return None
         try:
             text = self.render_chat([asked, {"role": "assistant", "content": answer}], add_generation_prompt=False)
+            after = self._encoded(text.rpartition(answer)[2].lstrip(), add_special_tokens=False).ids
         except PromptError:
             return None
-        after = self._encoded(text.rpartition(answer)[2].lstrip(), add_special_tokens=False).ids
         return after[0] if after and after[0] in self.special_ids.values() else None
 
     def apply_chat_template(

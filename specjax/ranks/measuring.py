@@ -21,6 +21,7 @@ from specjax.checks import is_whole
 from specjax.errors import DataError
 from specjax.fingerprint import fingerprint, float_dtype, text_fingerprint
 from specjax.heads import Heads, draft_projection, project
+from specjax.journal import NOWHERE, Journal
 from specjax.loading.load import Model
 from specjax.ranks.labels import IGNORED, future_labels, label_ranks, reduce_labels
 from specjax.ranks.table import UNLABELLED, RankTable
@@ -28,6 +29,7 @@ from specjax.target.config import ModelConfig
 from specjax.target.model import forward, unembed
 from specjax.target.params import Params
 
+_GROUP = 16  # texts that a journal keeps together
 _CHUNK = 128  # positions whose LM-head logits exist at once
 _PADDING = 128  # sequences are padded to a multiple of this, so that few lengths compile
 
@@ -58,6 +60,7 @@ def measure(
     typical_temperature: float | None = None,
     candidates: int = 10,
     progress: Callable[[int], None] = lambda tokens: None,
+    journal: Journal = NOWHERE,
 ) -> RankTable:
     """Measures `heads` on texts in one teacher-forced pass, a sequence at a time.
 
@@ -68,7 +71,9 @@ def measure(
       cap: ranks from here on are recorded as `cap`; wider trees cannot be simulated.
       typical_temperature: records what typical acceptance at this temperature depends on, too; None: it does not.
       candidates: how many of each head's best tokens are recorded for that, R.
-      progress: called with the number of tokens after every sequence.
+      progress: called with the number of tokens of the sequences that are done.
+      journal: keeps what is measured. Where a stop is asked for, the table is of the first texts alone, and the
+        manifest's `partial` says of how many.
 
     Raises:
       DataError: no text, an empty prompt or answer, token ids outside the vocabulary, a cap below 1, a temperature that
@@ -83,8 +88,7 @@ def measure(
     heads.check(model.config)
     projection = draft_projection(heads, model.params.unembedding)
     vocab, token_map = model.config.vocab_size, heads.token_map
-    columns: list[tuple[np.ndarray, ...]] = []
-    began = time.perf_counter()
+    wholes = []
     for number, text in enumerate(texts):
         prompt, answer = np.asarray(text.prompt), np.asarray(text.answer)
         if not (prompt.ndim == answer.ndim == 1 and prompt.size and answer.size):
@@ -100,12 +104,15 @@ def measure(
             raise DataError(
                 f"text {number} has {len(whole)} tokens, the model reads {model.config.max_positions}; cut it."
             )
+        wholes.append(whole)
+
+    def measured(whole: np.ndarray, answer: np.ndarray) -> tuple[np.ndarray, ...]:
         labels = future_labels(answer, np.array([len(answer)]), heads.config.num_heads)
         rows = labels if token_map is None else reduce_labels(labels, np.asarray(token_map), vocab)
         padded = np.zeros(-(-len(whole) // _PADDING) * _PADDING, np.int32)
         padded[: len(whole)] = whole
         at = np.zeros(-(-len(answer) // _CHUNK) * _CHUNK, np.int32)
-        at[: len(answer)] = np.arange(len(answer)) + len(prompt) - 1
+        at[: len(answer)] = np.arange(len(answer)) + len(whole) - len(answer) - 1
         wanted = np.full((len(at), labels.shape[1]), IGNORED, np.int32)
         wanted[: len(answer)] = rows
         out = _measure(
@@ -126,12 +133,23 @@ def measure(
         )
         if typical_temperature is not None:
             others[3] = np.where((labels == IGNORED)[..., None], -np.inf, others[3])
-        columns.append((ranks_here.astype(np.int16), *others, answer.astype(np.int32)))
-        progress(len(answer))
-    seconds = time.perf_counter() - began
-    ranks, confidence, log_p, entropy, *typical, tokens = (
-        np.concatenate(column) for column in zip(*columns, strict=True)
-    )
+        return ranks_here.astype(np.int16), *others, answer.astype(np.int32)
+
+    def group(number: int) -> dict[str, np.ndarray]:
+        began = time.perf_counter()
+        here = slice(number * _GROUP, (number + 1) * _GROUP)
+        parts = [measured(w, np.asarray(text.answer)) for w, text in zip(wholes[here], texts[here], strict=True)]
+        columns = {str(i): np.concatenate(column) for i, column in enumerate(zip(*parts, strict=True))}
+        return columns | {"seconds": np.array(time.perf_counter() - began)}
+
+    def tell(number: int) -> None:
+        progress(sum(len(text.answer) for text in texts[number * _GROUP : (number + 1) * _GROUP]))
+
+    done, partial = journal.pieces("groups of texts", -(-len(texts) // _GROUP), group, progress=tell)
+    seconds = sum(float(piece["seconds"]) for piece in done)
+    columns = (np.concatenate([piece[str(i)] for piece in done]) for i in range(len(done[0]) - 1))
+    ranks, confidence, log_p, entropy, *typical, tokens = columns
+    texts = texts[: len(done) * _GROUP]
     manifest = {
         "model": fingerprint(model.params),
         "model_name": model.config.name,
@@ -145,6 +163,7 @@ def measure(
         "tokens": len(tokens),
         "tokens_per_second": len(tokens) / seconds,
         "temperature": typical_temperature,
+        **({} if partial is None else {"partial": partial}),
     }
     lengths = np.array([len(text.answer) for text in texts], np.int32)
     categories = tuple(text.category for text in texts)

@@ -240,7 +240,7 @@ def add(result: Path, root: Path) -> Path:
     """Copies a result.json to experiments/records/NAME/MACHINE-DATE.json below `root`, with a number if there is one.
 
     Raises:
-      DataError: no result, or one that does not say what it is of, when and on what machine.
+      DataError: no result, a partial one, or one that does not say what it is of, when and on what machine.
     """
     try:
         found = json.loads(result.read_text("utf-8"))
@@ -248,6 +248,8 @@ def add(result: Path, root: Path) -> Path:
         date = environment["date"][:10]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{result} is no result.json of an experiment ({error!r}); name one.") from error
+    if found.get("partial"):
+        raise DataError(f"{result} is partial ({found['partial']}); run the same command again to its end first.")
     folder, stem = root / "experiments" / "records" / name, f"{machine_name(environment)}-{date}"
     folder.mkdir(parents=True, exist_ok=True)
     names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))

@@ -8,7 +8,7 @@ import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,8 @@ from specjax import decode
 from specjax.acceptance import Acceptance, Greedy
 from specjax.drafters.base import Drafter, NoDrafter
 from specjax.errors import ConfigError, DataError
+from specjax.fingerprint import fingerprint, text_fingerprint
+from specjax.journal import NOWHERE, Journal
 from specjax.loading.load import Model
 from specjax.target.model import forward, unembed
 
@@ -70,6 +72,14 @@ class _Run:
         return float((self.generation.accepted_lengths + 1).sum()) / self.seconds
 
 
+class Compared(NamedTuple):
+    """The `methods` records of a result, of how many prompts they are, and why of no more, or None."""
+
+    methods: list[dict[str, Any]]
+    prompts: int
+    partial: str | None
+
+
 def compare(
     contenders: Sequence[Contender],
     requests: Sequence[Request],
@@ -78,19 +88,22 @@ def compare(
     repeats: int = 1,
     seed: int = 0,
     progress: Callable[[], None] = lambda: None,
-) -> list[dict[str, Any]]:
-    """Decodes every request with every contender, alternating, and gives the `methods` records of a result.
+    journal: Journal = NOWHERE,
+) -> Compared:
+    """Decodes every request with every contender, alternating.
 
     Args:
       contenders: with one autoregressive contender for each dtype and temperature among them.
       repeats: timed runs per request and contender; their median counts.
       seed: of the prompts' PRNG keys, for contenders that sample.
       progress: called after every timed run.
+      journal: keeps what is decoded, a request at a time.
 
     Raises:
       DataError: no requests, or a generation without a single round (EOS at once) for all of them.
       ConfigError: a dtype or temperature without its baseline, a budget under 2 (the first token comes from the
         prefill), or no repeats.
+      Stopped: that was asked for before a request was decoded.
     """
     if not requests:
         raise DataError("there are no prompts; pass at least one.")
@@ -113,23 +126,53 @@ def compare(
     once = functools.partial(_run, max_new_tokens=max_new_tokens, capacity=capacity)
     # A prompt's own key, the same for all contenders; greedy ones do not use it.
     keys = jax.random.split(jax.random.key(seed), len(requests))
-    first, again = [], [0.0] * len(contenders)  # seconds for the first prompt, with compilation and without
+    first: list[float] = []  # seconds for the first prompt, with compilation
     for contender in contenders:
         begin = time.perf_counter()
         once(contender, requests[0], keys[0])
         first.append(time.perf_counter() - begin)
         progress()
-    runs: list[list[_Run]] = [[] for _ in contenders]
-    for request, key in zip(requests, keys, strict=True):
+
+    def decoded(number: int) -> dict[str, np.ndarray]:
         timed: list[list[_Run]] = [[] for _ in contenders]
+        again = [0.0] * len(contenders)
         for _ in range(repeats):
             for i, contender in enumerate(contenders):
                 begin = time.perf_counter()
-                timed[i].append(once(contender, request, key))
+                timed[i].append(once(contender, requests[number], keys[number]))
                 again[i] = again[i] or time.perf_counter() - begin
                 progress()
+        piece = {"again": np.array(again)}
         for i, several in enumerate(timed):
-            runs[i].append(_Run(several[0].generation, float(np.median([r.seconds for r in several]))))
+            out = several[0].generation
+            piece |= {f"tokens_{i}": out.tokens, f"accepted_lengths_{i}": out.accepted_lengths}
+            piece[f"seconds_{i}"] = np.array([run.seconds for run in several])
+        return piece
+
+    sides = [
+        {
+            "name": c.name,
+            "acceptance": repr(c.acceptance),
+            "tree": [list(path) for path in c.drafter.tree.rank_paths],
+            "weights": [fingerprint(c.model.params), fingerprint(c.drafter)],
+        }
+        for c in contenders
+    ]
+    asked = text_fingerprint(repr([(r.ids, r.category) for r in requests]))
+    settings = {"contenders": sides, "requests": asked, "max_new_tokens": max_new_tokens, "seed": seed}
+    own = journal.part("decoding", settings | {"repeats": repeats})
+    pieces, partial = own.pieces("prompts", len(requests), decoded)
+    requests, again = requests[: len(pieces)], pieces[0]["again"]
+    runs: list[list[_Run]] = [
+        [
+            _Run(
+                decode.Generation(piece[f"tokens_{i}"], piece[f"accepted_lengths_{i}"]),
+                float(np.median(piece[f"seconds_{i}"])),
+            )
+            for piece in pieces
+        ]
+        for i in range(len(contenders))
+    ]
     # Prompts that end in the prefill say nothing about decoding.
     kept = [p for p in range(len(requests)) if all(r[p].generation.rounds for r in runs)]
     if not kept:
@@ -148,7 +191,7 @@ def compare(
             "temperature": getattr(contender.acceptance, "temperature", 0.0),
             "tokens_per_second": _spread(rates[i]),
             **_acceptance([runs[i][p].generation for p in kept], contender.drafter.tree.max_depth),
-            "compile_seconds": max(first[i] - again[i], 0.0),
+            "compile_seconds": max(first[i] - float(again[i]), 0.0),
         }
         if not contender.autoregressive:
             record["speedup"] = _spread(rates[i] / rates[base])
@@ -177,7 +220,7 @@ def compare(
                 for category in dict.fromkeys(requests[p].category for p in kept)
             }
         records.append(record)
-    return records
+    return Compared(records, len(requests), partial)
 
 
 def _run(contender: Contender, request: Request, key: jax.Array, *, max_new_tokens: int, capacity: int) -> _Run:

@@ -1,5 +1,6 @@
 """Damaged and hostile files: every reader, given mutants of good files, gives a result or a `SpecJaxError`, soon."""
 
+import functools
 import json
 import math
 import os
@@ -26,12 +27,14 @@ import tokenizers
 from rich.console import Console
 from rich.table import Table
 
+from specjax import run_settings
 from specjax.corpus import manifest, shards
 from specjax.corpus.chats import read_conversations, read_prompts
 from specjax.corpus.prompts import load_prompts
 from specjax.environment import environment
 from specjax.errors import ConfigError, SpecJaxError
 from specjax.heads import MedusaConfig, init_heads
+from specjax.journal import Journal
 from specjax.loading import torch_pickle
 from specjax.loading.export import export_heads
 from specjax.loading.gguf import load_gguf
@@ -41,11 +44,11 @@ from specjax.loading.load import Model, load_draft, save_draft
 from specjax.loading.tokenizer import Tokenizer
 from specjax.ranks.table import RankTable
 from specjax.report.records import load_records
+from specjax.stopping import Stopped, asked, reason
 from specjax.studies.mutants import mutant
 from specjax.studies.round_time import RoundTimes
 from specjax.target import params
 from specjax.target.config import ModelConfig
-from specjax.training import identity
 from specjax.tree import Tree
 
 _CONFIG = ModelConfig("llama", 64, 16, 24, 2, 4, 2, 4, max_positions=64, eos_token_ids=(2,))
@@ -278,7 +281,7 @@ READERS: Mapping[str, Reader] = {
     "shards": Reader(_save_shard, _read_shard, ("shard_00000.npz", "manifest.json")),
     "results": Reader(_save_results, _read_results, ("result.json",)),
     "settings of a run": Reader(
-        _save_results, lambda f: identity.check(f / "settings.json", _SETTINGS), ("settings.json",)
+        _save_results, lambda f: run_settings.check(f / "settings.json", _SETTINGS), ("settings.json",)
     ),
 }  # fmt: skip
 
@@ -357,8 +360,13 @@ class Fuzz:
         if unknown := set(self.readers) - READERS.keys():
             raise ConfigError(f"there is no reader {min(unknown)!r}; expected some of {', '.join(READERS)}.")
         begin = time.perf_counter()
+        journal = Journal.of(self, output_dir, commit=environment()["git_commit"])
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            rows = list(pool.map(self._attacked, self.readers))
+            found = list(pool.map(functools.partial(self._kept, journal), self.readers))
+        rows = [row for row in found if row is not None]
+        partial = None if len(rows) == len(found) else reason(f"{len(rows)} of {len(found)} readers")
+        if not rows:
+            raise Stopped(f"{partial}")
         view = Table("reader", "mutants", "read", "refused", "finds", "slowest, s")
         for row in rows:
             ends = row["ends"]
@@ -374,18 +382,36 @@ class Fuzz:
             "environment": environment(),
             "seconds": time.perf_counter() - begin,
             "rows": [{**row, **row["ends"]} for row in rows],
+            "partial": partial,
         }
+
+    def _kept(self, journal: Journal, reader: str) -> dict[str, Any] | None:
+        try:
+            return dict(journal.once(reader, functools.partial(self._attacked, reader)))
+        except Stopped:
+            return None
 
     def _attacked(self, reader: str) -> dict[str, Any]:
         # A process each: a crash of a library ends it, and is a find.
         of = f"{reader!r}, {self.mutants}, {self.seed}"
         call = f"import json; from specjax.studies.fuzz import attack; print(json.dumps(attack({of})))"
         quiet = os.environ | {"JAX_PLATFORMS": "cpu"}
-        done = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, check=False, env=quiet)
+        command = [sys.executable, "-c", call]
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        # In a session of its own: a terminal's Ctrl-C would reach it too.
+        with subprocess.Popen(command, **pipes, env=quiet, start_new_session=True) as process:
+            while True:
+                try:
+                    stdout, stderr = process.communicate(timeout=1.0)
+                    break
+                except subprocess.TimeoutExpired:
+                    if asked() is not None:
+                        process.kill()
+                        raise Stopped(reader) from None
         try:
-            return dict(json.loads(done.stdout.splitlines()[-1]))
+            return dict(json.loads(stdout.splitlines()[-1]))
         except (IndexError, ValueError):
-            end = f"the process ended with {done.returncode}: {done.stderr[-500:]}"
+            end = f"the process ended with {process.returncode}: {stderr[-500:]}"
             return {
                 "reader": reader, "mutants": self.mutants, "seed": self.seed, "ends": {"find": 1},
                 "finds": [{"number": -1, "file": "", "end": end}], "slowest": math.nan,

@@ -16,7 +16,10 @@ from specjax.corpus.prompts import load_prompts
 from specjax.drafters.ngram import NgramDrafter
 from specjax.environment import environment
 from specjax.errors import ConfigError
+from specjax.fingerprint import fingerprint
+from specjax.journal import Journal
 from specjax.loading.load import Model, load_model, local_path
+from specjax.stopping import Stopped
 from specjax.tree import Tree
 
 
@@ -72,12 +75,27 @@ class PromptLookup:
             raise ConfigError(f"{len(texts)} prompts of {self.category!r}; half of at least two choose the length.")
         ids = [model.tokenizer.apply_chat_template([{"role": "user", "content": text}]) for text in texts]
         methods = self._ours(model, max(map(len, ids))) | self._theirs(torch, transformers)
-        answers: dict[str, list[_Answer]] = {name: [] for name in methods}
-        for number, prompt in enumerate([ids[0], *ids]):  # the first one once more, to warm up
+        for answer in methods.values():  # to warm up
+            answer(ids[0])
+
+        def answered(number: int) -> dict[str, np.ndarray]:
+            piece = {}
             for name, answer in methods.items():
-                given = answer(prompt)
-                if number:
-                    answers[name].append(given)
+                given = answer(ids[number])
+                piece[f"{name} tokens"] = np.array(given.tokens)
+                piece[name] = np.array([given.forwards, given.seconds])
+            return piece
+
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+        journal = Journal.of(self, output_dir, **versions, model=fingerprint(model.params), prompts=ids)
+        done, partial = journal.pieces("prompts", len(ids), answered)
+        answers = {
+            name: [_Answer(p[f"{name} tokens"].tolist(), int(p[name][0]), float(p[name][1])) for p in done]
+            for name in methods
+        }
+        if len(done) < 2:  # half of them choose the length
+            raise Stopped(f"{partial}")
+        ids = ids[: len(done)]
         rows = [self._row(name, answers, range(len(ids))) for name in methods]
         tuning, held_out = range(0, len(ids), 2), range(1, len(ids), 2)
         chosen = []
@@ -90,10 +108,11 @@ class PromptLookup:
         return {
             "experiment": self.name,
             "config": asdict(self),
-            "environment": environment() | {"torch": torch.__version__, "transformers": transformers.__version__},
+            "environment": environment() | versions,
             "prompts": len(ids),
             "rows": rows,
             "chosen_on_the_other_prompts": chosen,
+            "partial": partial,
         }
 
     def _ours(self, model: Model, longest: int) -> dict[str, _Method]:

@@ -15,6 +15,8 @@ from specjax.corpus.prompts import load_prompts
 from specjax.corpus.texts import greedy_answers
 from specjax.environment import environment
 from specjax.errors import ConfigError, DataError
+from specjax.fingerprint import fingerprint, text_fingerprint
+from specjax.journal import Journal
 from specjax.loading.head_files import heads_for
 from specjax.loading.load import load_model
 from specjax.ranks.measuring import Text, measure
@@ -55,7 +57,10 @@ class RankPass:
         UNLIMITED.check(self.nodes, heads.config.num_heads, _RANKS)
         with console.status("answering prompts"):
             prompts = load_prompts(self.prompts)
-            answers = greedy_answers(model, prompts, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size)
+            weights = {"model": fingerprint(model.params), "heads": fingerprint((heads.params, heads.token_map))}
+            journal = Journal.of(self, output_dir, **weights, text=text_fingerprint(repr(prompts)))
+            asked: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "batch_size": self.batch_size}
+            answers = greedy_answers(model, prompts, **asked, journal=journal)
         answers = [text for text in answers if len(text.answer) > 1]
         if not answers:
             raise DataError(f"no answer has two tokens (max_new_tokens is {self.max_new_tokens}); allow longer ones.")
@@ -66,7 +71,7 @@ class RankPass:
         apart = reset_peak()
         with Progress(console=console) as progress:
             task = progress.add_task("measuring ranks", total=have)
-            table = measure(model, heads, texts, progress=lambda n: progress.advance(task, n))
+            table = measure(model, heads, texts, progress=lambda n: progress.advance(task, n), journal=journal)
         peak = peak_bytes()
         table.save(output_dir / "pass.ranks.npz")
         rng = np.random.default_rng(self.seed)
@@ -93,6 +98,7 @@ class RankPass:
             "peak_bytes_before_the_pass": before,
             "file_bytes": (output_dir / "pass.ranks.npz").stat().st_size,
             "simulation_seconds": seconds,
+            "partial": table.manifest.get("partial"),
         }
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -23,14 +23,22 @@ from specjax.environment import environment
 from specjax.errors import ConfigError, DataError, TreeError
 from specjax.fingerprint import fingerprint
 from specjax.heads import Heads
+from specjax.journal import NOWHERE, Journal
 from specjax.loading.head_files import heads_for, heads_metadata
 from specjax.loading.load import Model, load_model
 from specjax.ranks.search import expected_tokens, greedy_tree
 from specjax.ranks.simulation import Simulation
+from specjax.stopping import Stopped
 from specjax.tree import Tree
 
+_ROUNDS = 12  # of a timed run
 _GENERIC_RANKS = 32
 SIZES = (1, 2, 3, 4, 5, 8, 9, 16, 24, 32, 48, 64)  # both sides of the steps in what float32 rounds cost on a CPU
+
+
+class _Timed(NamedTuple):
+    milliseconds: list[dict[str, float]]
+    partial: str | None
 
 
 def time_rounds(
@@ -39,9 +47,10 @@ def time_rounds(
     trees: Sequence[Tree],
     prompt_ids: Sequence[int],
     *,
-    rounds: int = 12,
+    rounds: int = _ROUNDS,
     repeats: int = 3,
     capacity: int | None = None,
+    journal: Journal = NOWHERE,
 ) -> list[dict[str, float]]:
     """Milliseconds per round {median, min, max} for each tree, in the real decoding loop.
 
@@ -50,12 +59,30 @@ def time_rounds(
     Args:
       capacity: cache slots, `decode.capacity_for` of what is to be decoded: a round's cost depends on them. By default,
         and at the least, as many as these runs need; the same for all trees.
+      journal: keeps the repeats that are done.
 
     Raises:
       PromptError: a prompt that `generate` refuses, or a capacity that is not a whole number of prefill chunks.
       TreeError: no trees, or one that the heads cannot fill.
       ConfigError: heads of another width or vocabulary than the model's, or rounds or repeats below 1.
+      Stopped: that was asked for before all repeats were done.
     """
+    found = _timed(model, heads, trees, prompt_ids, rounds, repeats, capacity, journal)
+    if found.partial is not None:
+        raise Stopped(found.partial)
+    return found.milliseconds
+
+
+def _timed(
+    model: Model,
+    heads: Heads,
+    trees: Sequence[Tree],
+    prompt_ids: Sequence[int],
+    rounds: int,
+    repeats: int,
+    capacity: int | None,
+    journal: Journal,
+) -> _Timed:
     if not trees:
         raise TreeError("there are no trees to time; pass at least one.")
     if not is_whole(rounds) or not is_whole(repeats) or min(rounds, repeats) < 1:
@@ -80,13 +107,20 @@ def time_rounds(
             list(pool.map(run, drafters))
     for drafter in drafters:  # where this thread has settings of its own, such as a precision, it compiles here
         run(drafter)
-    taken: list[list[float]] = [[] for _ in drafters]
-    for _ in range(repeats):
-        for times, drafter in zip(taken, drafters, strict=True):
+
+    def once(number: int) -> dict[str, np.ndarray]:
+        taken = []
+        for drafter in drafters:
             begin = time.perf_counter()
             done = run(drafter, state)
-            times.append(1e3 * (time.perf_counter() - begin) / int(done.rounds))
-    return [{"median": float(np.median(t)), "min": min(t), "max": max(t)} for t in taken]
+            taken.append(1e3 * (time.perf_counter() - begin) / int(done.rounds))
+        return {"milliseconds": np.array(taken)}
+
+    pieces, partial = journal.pieces("repeats", repeats, once)
+    taken = np.stack([piece["milliseconds"] for piece in pieces], axis=1)
+    return _Timed(
+        [{"median": float(np.median(t)), "min": float(t.min()), "max": float(t.max())} for t in taken], partial
+    )
 
 
 @dataclass(frozen=True)
@@ -118,7 +152,7 @@ class RoundTimes:
         try:
             rows = sorted((int(r["nodes"]), float(r["milliseconds"]["median"])) for r in result["rows"])
             device = str((result.get("environment") or {}).get("device", ""))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise DataError(f"this result holds no round times ({error!r}); make one with `specjax bench`.") from error
         return cls(tuple(n for n, _ in rows), tuple(ms for _, ms in rows), device)
 
@@ -168,7 +202,7 @@ def choose_tree(
     candidates: Sequence[tuple[Tree, float]],
     prompt_ids: Sequence[int],
     *,
-    rounds: int = 12,
+    rounds: int = _ROUNDS,
     repeats: int = 3,
     capacity: int | None = None,
 ) -> Choice:
@@ -230,7 +264,9 @@ class RoundTime:
         prompt = (np.arange(self.prompt_tokens) + 1) % model.config.vocab_size
         trees = [greedy_tree(hits, size) for size in self.sizes]
         capacity = capacity_for(self.prompt_tokens, self.max_new_tokens, heads.config.num_heads)
-        taken = time_rounds(model, heads, trees, prompt.tolist(), repeats=self.repeats, capacity=capacity)
+        weights = {"model": fingerprint(model.params), "heads": fingerprint((heads.params, heads.token_map))}
+        journal = Journal.of(self, output_dir, **weights)
+        taken, partial = _timed(model, heads, trees, prompt.tolist(), _ROUNDS, self.repeats, capacity, journal)
         times = RoundTimes(self.sizes, tuple(ms["median"] for ms in taken))
         rows: list[dict[str, Any]] = []
         table = Table(title=f"{self.name}, {self.dtype}: time of a round")
@@ -253,9 +289,9 @@ class RoundTime:
             "experiment": self.name,
             "config": asdict(self),
             "environment": environment(),
-            "model": fingerprint(model.params),
-            "heads": fingerprint((heads.params, heads.token_map)),
+            **weights,
             "rows": rows,
+            "partial": partial,
         }
 
 

@@ -1,10 +1,12 @@
 """Runs experiments: a Python file with `get_config()` is the config, `specjax run` the runner."""
 
+import contextlib
 import importlib.util
 import json
+import shutil
 import sys
 import time
-from dataclasses import is_dataclass
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,8 +14,11 @@ import jax
 import tyro
 from rich.console import Console
 
+from specjax import stopping
+from specjax.environment import environment
 from specjax.errors import ConfigError
-from specjax.files import write_atomically
+from specjax.files import locked, write_atomically
+from specjax.journal import DIRECTORY as JOURNAL
 from specjax.studies.decode import Prompts
 
 
@@ -88,15 +93,41 @@ def run_file(path: Path, arguments: list[str], output_dir: Path | None = None) -
 def run_config(config: Experiment, directory: Path, console: Console) -> int:
     """Runs an experiment and writes its result.json (of several hosts, the first one does); gives the exit code.
 
+    SIGINT and SIGTERM end it with what it has: the result's `partial` then says how far it came, the exit code is 128
+    and the signal's number, and the same call goes on from there.
+
     Raises:
-      ConfigError: `directory` already holds a result.
+      ConfigError: `directory` already holds a result that is not partial.
+      DataError: another run uses `directory`.
     """
     target = directory / "result.json"
-    if target.exists():
-        raise ConfigError(f"{target} exists; choose another --output-dir, or remove it first.")
-    directory.mkdir(parents=True, exist_ok=True)
-    result = config.run(directory, console)
-    if jax.process_index() == 0:
-        write_atomically(target, json.dumps(result, indent=2) + "\n")
-        console.print(f"wrote {target}")
-    return 0
+    remedy = "wait for it, or choose another --output-dir."
+    hosts = getattr(config, "hosts", None)
+    with contextlib.ExitStack() as held:
+        if hosts is None or hosts.coordinator is None or hosts.process_id == 0:
+            held.enter_context(locked(directory, "run", remedy))
+        if target.exists() and not _is_partial(target):
+            raise ConfigError(f"{target} exists; choose another --output-dir, or remove it first.")
+        held.enter_context(stopping.on_signals())
+        try:
+            result = config.run(directory, console)
+        except stopping.Stopped as stopped:
+            name = getattr(config, "name", type(config).__name__)
+            result = {"experiment": name, "config": asdict(config), "environment": environment()}  # type: ignore[call-overload]
+            result["partial"] = str(stopped)
+        signal = stopping.asked()
+        if jax.process_index() == 0:
+            write_atomically(target, json.dumps(result, indent=2) + "\n")
+            console.print(f"wrote {target}")
+    if not result.get("partial"):
+        shutil.rmtree(directory / JOURNAL, ignore_errors=True)
+        return 0
+    console.print(f"It is partial ({result['partial']}). The same command with --output-dir {directory} goes on.")
+    return 128 + (signal or 0)
+
+
+def _is_partial(result: Path) -> bool:
+    try:
+        return bool(json.loads(result.read_text("utf-8")).get("partial"))
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False

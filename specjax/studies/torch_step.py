@@ -1,5 +1,6 @@
 """Our Medusa-1 training step beside a plain PyTorch one that does the same work, in the same run."""
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -15,7 +16,9 @@ from rich.table import Table
 from specjax.environment import environment
 from specjax.errors import ConfigError
 from specjax.heads import MedusaConfig, draft_projection, init_heads
+from specjax.journal import Journal
 from specjax.loading.load import load_model
+from specjax.stopping import Stopped
 from specjax.training.cached_medusa import CachedMedusa, CachedMedusaConfig, Dataset, Rows
 from specjax.training.optimiser import build
 from specjax.training.run import step_of
@@ -49,7 +52,9 @@ class TorchStep:
             raise ConfigError(f"this comparison needs torch ({error}); `make test` installs it.") from error
         rows: list[dict[str, Any]] = []
         table = Table("dtype", "specjax, positions/s", "PyTorch, positions/s", "ratio", "losses differ by")
-        for dtype in self.dtypes:
+        journal = Journal.of(self, output_dir, torch=torch.__version__)
+
+        def compared(dtype: Literal["float32", "bfloat16"]) -> dict[str, Any]:
             sides = {"specjax": self._ours(dtype), "torch": self._theirs(dtype)}
             seconds: dict[str, list[float]] = {name: [] for name in sides}
             losses = {name: side(self.steps) for name, side in sides.items()}  # warm up: the same steps on both sides
@@ -62,10 +67,20 @@ class TorchStep:
             rates = {name: self.batch_size / np.array(taken) for name, taken in seconds.items()}
             row: dict[str, Any] = {"dtype": dtype, "loss_gap": gap}
             row |= {name: _spread(rate) for name, rate in rates.items()}
-            row["ratio"] = _spread(rates["specjax"] / rates["torch"])
+            return row | {"ratio": _spread(rates["specjax"] / rates["torch"])}
+
+        partial = None
+        for dtype in self.dtypes:
+            try:
+                row = journal.once(f"steps in {dtype}", functools.partial(compared, dtype))
+            except Stopped as stopped:
+                if not rows:
+                    raise
+                partial = str(stopped)
+                break
             rows.append(row)
             cells = [_cell(row[name], form) for name, form in (("specjax", ".0f"), ("torch", ".0f"), ("ratio", ".2f"))]
-            table.add_row(dtype, *cells, f"{gap:.1e}")
+            table.add_row(dtype, *cells, f"{row['loss_gap']:.1e}")
         table.title = f"{self.name}: median (min-max) of {self.repeats}"
         console.print(table)
         return {
@@ -73,6 +88,7 @@ class TorchStep:
             "config": asdict(self),
             "environment": environment() | {"torch": torch.__version__, "torch_threads": torch.get_num_threads()},
             "rows": rows,
+            "partial": partial,
         }
 
     def _data(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -87,8 +87,8 @@ class CachedHeadTraining(HeadTraining):
         record = {"trained_tokens": len(text.tokens), "held_out_tokens": len(held_out.tokens), **judgement}
         kept = {"hits": record["hits"], "accuracy": record["accuracy"], **start.backbone}
         objective.export(output_dir, heads, {"target": model.config.name, "config": asdict(self), **kept})
-        # Beside the heads, where tree="auto" finds it.
-        measure(model, in_bfloat16(heads), texts).save(output_dir / "heads.ranks.npz")
+        if followed.partial is None:  # beside the heads, where tree="auto" finds it
+            measure(model, in_bfloat16(heads), texts).save(output_dir / "heads.ranks.npz")
         console.print(json.dumps(record["accuracy"]))
         figures = save_training_figures(followed.log, output_dir, start.tree.name or f"{start.tree.size} nodes")
         return {

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from rich.console import Console
 
+from specjax import stopping
 from specjax.corpus.conversation import Conversation, answer_tokens, cut_tokens
 from specjax.environment import environment
 from specjax.heads import Heads, MedusaConfig, init_heads
@@ -24,11 +25,12 @@ from specjax.tree import Tree
 
 
 class Followed(NamedTuple):
-    """What was trained, the log's evaluation of it, and the log."""
+    """What was trained, the log's evaluation of it, the log, and why steps are missing, or None."""
 
     result: Any
     chosen: dict[str, Any]
     log: list[dict[str, Any]]
+    partial: str | None
 
 
 def follow(objective: Objective, output_dir: Path, console: Console, on: Mesh | None = None) -> Followed:
@@ -47,7 +49,10 @@ def follow(objective: Objective, output_dir: Path, console: Console, on: Mesh | 
             trained = train(objective, output_dir, on=on, monitor=monitor, report=report)
     else:
         trained = train(objective, output_dir, on=on)
-    return Followed(trained.result, selected(trained.log, objective.settings.select, objective.score), trained.log)
+    done = trained.log[-1]["step"]
+    partial = None if done == steps else stopping.reason(f"step {done} of {steps}")
+    chosen = selected(trained.log, objective.settings.select, objective.score)
+    return Followed(trained.result, chosen, trained.log, partial)
 
 
 def result_of(config: Any, followed: Followed, figures: Sequence[str]) -> dict[str, Any]:
@@ -61,6 +66,7 @@ def result_of(config: Any, followed: Followed, figures: Sequence[str]) -> dict[s
         "evaluations": [entry for entry in followed.log if "eval" in entry],
         "throughput": throughput(followed.log),
         "figures": list(figures),
+        "partial": followed.partial,
     }
 
 

@@ -17,7 +17,9 @@ from specjax.drafters.base import NoDrafter
 from specjax.drafters.medusa import MedusaDrafter
 from specjax.environment import environment
 from specjax.errors import ConfigError
+from specjax.fingerprint import fingerprint, text_fingerprint
 from specjax.heads import Heads
+from specjax.journal import Journal
 from specjax.loading.head_files import heads_for, packaged_ranks
 from specjax.loading.load import Model, load_model
 from specjax.ranks.measuring import measure
@@ -26,6 +28,7 @@ from specjax.ranks.table import RankTable
 from specjax.ranks.validate import SEARCHES, search_trees
 from specjax.report import rank_figures as rank_plots
 from specjax.report.tree_figure import draw_tree
+from specjax.stopping import Stopped
 from specjax.studies.compare import Contender, Request, compare
 from specjax.studies.round_time import RoundTimes, time_rounds
 from specjax.tree import Tree
@@ -56,11 +59,16 @@ class TreeSearch:
         if path is None:
             raise ConfigError(f"no rank table lies beside {self.heads}; make one with `specjax tree measure`.")
         searched = RankTable.load(path).check(model, heads, any_dtype=True)  # its ranks are nearly these
+        prompts = load_prompts(self.prompts)
+        weights = {"model": fingerprint(model.params), "heads": fingerprint((heads.params, heads.token_map))}
+        told = text_fingerprint(repr(prompts))
+        journal = Journal.of(self, output_dir, **weights, searched=dict(searched.manifest), prompts=told)
         with console.status("measuring ranks"):
-            prompts = load_prompts(self.prompts)
-            texts = greedy_answers(model, prompts, max_new_tokens=self.max_new_tokens)
+            texts = greedy_answers(model, prompts, max_new_tokens=self.max_new_tokens, journal=journal)
             texts = [text for text in texts if len(text.answer) > 1]
-            checked = measure(model, heads, texts, cap=searched.cap)
+            checked = measure(model, heads, texts, cap=searched.cap, journal=journal)
+        if "partial" in checked.manifest:  # what follows needs all of it
+            raise Stopped(checked.manifest["partial"])
         checked.save(output_dir / "check.ranks.npz")
 
         trees = {name: search_trees(searched, self.sizes, search=name) for name in SEARCHES}
@@ -76,7 +84,8 @@ class TreeSearch:
             longest = max(len(request.ids) for request in requests)
             capacity = capacity_for(longest, self.max_new_tokens, searched.num_heads)
             prompt = np.concatenate([texts[0].prompt, texts[0].answer]).tolist()[:128]
-            taken = time_rounds(model, heads, [Tree.chain(0), *family], prompt, repeats=5, capacity=capacity)
+            rounds = [Tree.chain(0), *family]
+            taken = time_rounds(model, heads, rounds, prompt, repeats=5, capacity=capacity, journal=journal)
         place = environment()
         times = RoundTimes((1, *self.sizes), tuple(row["median"] for row in taken), place["device"])
         best = times.fastest(trees["walk"]).tree
@@ -87,7 +96,8 @@ class TreeSearch:
         contenders = [Contender("autoregressive", model, NoDrafter())]
         contenders += [Contender(f"walk_{tree.size}", model, MedusaDrafter(heads, tree)) for tree in timed]
         with console.status("decoding, to check the prediction"):
-            measured = compare(contenders, requests, max_new_tokens=self.max_new_tokens, repeats=self.repeats)
+            asked: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "repeats": self.repeats}
+            measured, decoded, partial = compare(contenders, requests, **asked, journal=journal)
         # Of every tree: predicted from the text that it was searched on, and from the very texts that are decoded.
         same = simulate(checked.select(lambda i: i in set(sampled)), family)
         predictions = [
@@ -108,7 +118,8 @@ class TreeSearch:
             "experiment": self.name,
             "config": asdict(self),
             "environment": place,
-            "prompts": len(requests),
+            "prompts": decoded,
+            "partial": partial,
             "text": {"searched": dict(searched.manifest), "checked": dict(checked.manifest)},
             "rows": rows,
             "error_on_same_kind": same_kind,

@@ -19,8 +19,11 @@ from specjax.drafters.base import Drafter, NoDrafter
 from specjax.drafters.registry import build_drafter
 from specjax.environment import environment
 from specjax.errors import DataError
+from specjax.fingerprint import fingerprint
+from specjax.journal import NOWHERE, Journal, whole
 from specjax.loading.load import Model, load_model
 from specjax.loop import Plan, State, batch_rounds, first_token
+from specjax.stopping import Stopped
 from specjax.target.cache import KVCache
 
 _EXPECTED = 8  # outcomes that are rarer in both samples together are pooled by hash
@@ -37,10 +40,18 @@ def sample(
     batch_size: int,
     key: jax.Array,
     progress: Callable[[int], None] = lambda samples: None,
+    journal: Journal = NOWHERE,
+    name: str = "samples",
 ) -> tuple[Int[np.ndarray, "samples length"], float]:
     """Continuations of one prompt by the real decoding loop, `batch_size` at a time, and the mean drafts accepted.
 
     The prompt is read once; every sample starts from there with a key of its own. EOS does not end a sample.
+
+    Args:
+      journal: keeps the batches that are drawn, as `name`.
+
+    Raises:
+      Stopped: that was asked for; what is drawn is in the journal.
     """
     drafter = drafter or NoDrafter()
     drafter.check(model)
@@ -62,13 +73,13 @@ def sample(
         accepted = jnp.where(jnp.arange(state.accepted.shape[1]) < state.rounds[:, None], state.accepted, 0)
         return state.tokens[:, len(prompt_ids) : len(prompt_ids) + length], accepted.sum() / state.rounds.sum()
 
-    drawn, accepted = [], []
-    for i in range(-(-samples // batch_size)):
-        out, drafts = run(plan, jax.random.fold_in(key, i), *target_read)
-        drawn.append(np.asarray(out))
-        accepted.append(float(drafts))
-        progress(batch_size)
-    return np.concatenate(drawn)[:samples], float(np.mean(accepted))
+    def batch(number: int) -> dict[str, np.ndarray]:
+        out, drafts = run(plan, jax.random.fold_in(key, number), *target_read)
+        return {"tokens": np.asarray(out), "accepted": np.asarray(drafts)}
+
+    pieces = whole(journal.pieces(name, -(-samples // batch_size), batch, progress=lambda _: progress(batch_size)))
+    drawn = np.concatenate([piece["tokens"] for piece in pieces])[:samples]
+    return drawn, float(np.mean([piece["accepted"] for piece in pieces]))
 
 
 def p_value(a: Int[np.ndarray, "n length"], b: Int[np.ndarray, "m length"], *, pools: int = 64) -> float:
@@ -124,18 +135,25 @@ class TwoSample:
         acceptance = Sample(self.temperature)
         request = {"acceptance": acceptance, "length": self.length, "samples": self.samples}
         draw = functools.partial(sample, model, ids, batch_size=self.batch_size, **request)  # type: ignore[arg-type]
+        journal = Journal.of(self, output_dir, model=fingerprint(model.params), prompt=ids)
         keys = jax.random.split(jax.random.key(self.seed), len(self.drafters) + 2)
         with console.status("sampling autoregressively"):
-            base, _ = draw(drafter=None, key=keys[0])
-            control, _ = draw(drafter=None, key=keys[1])
+            base, _ = draw(drafter=None, key=keys[0], journal=journal, name="baseline")
+            control, _ = draw(drafter=None, key=keys[1], journal=journal, name="control")
         rows: list[dict[str, Any]] = [
             {"drafter": "autoregressive", "tree": "", "accepted_per_round": 0.0, "p_value": p_value(base, control)}
         ]
-        for key, (name, tree) in zip(keys[2:], self.drafters, strict=True):
+        partial = None
+        for number, (key, (name, tree)) in enumerate(zip(keys[2:], self.drafters, strict=True)):
             with console.status(f"sampling with {name}"):
                 files = {"heads": self.heads, "draft_model": self.draft_model}
                 drafter = build_drafter(name, model, tree=tree, files=files, acceptance=acceptance)
-                drawn, accepted = draw(drafter=drafter, key=key)
+                own = journal.part(f"{number} {name}", {"drafter": fingerprint(drafter)})
+                try:
+                    drawn, accepted = draw(drafter=drafter, key=key, journal=own)
+                except Stopped as stopped:
+                    partial = f"{stopped} of {name}"
+                    break
             rows.append(
                 {"drafter": name, "tree": tree, "accepted_per_round": accepted, "p_value": p_value(base, drawn)}
             )
@@ -151,4 +169,5 @@ class TwoSample:
             "environment": environment(),
             "distinct_continuations": outcomes,
             "rows": rows,
+            "partial": partial,
         }

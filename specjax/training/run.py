@@ -116,7 +116,8 @@ def train(
         monitor=monitor,
         place=functools.partial(mesh.put_batch, on=on),
     )
-    chosen = final if settings.select == "last" else best_state(directory, final, batches)
+    newest = selected(log, settings.select, objective.score) is selected(log, "last")
+    chosen = final if newest else best_state(directory, final, batches)
     whole = mesh.gather(jax.jit(optimiser.evaluated)(chosen), on)
     return Trained(objective.trained(jax.tree.map(jnp.asarray, whole)), log)
 

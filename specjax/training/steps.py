@@ -17,10 +17,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from specjax import run_settings, stopping
 from specjax.errors import CheckpointError, DataError
 from specjax.files import write_atomically
 from specjax.loading import checkpoint
-from specjax.training import identity
 
 Step = Callable[[Any, Any], tuple[Any, dict[str, jax.Array]]]
 LOG = "log.jsonl"
@@ -40,7 +40,11 @@ class Monitor(Protocol):
 
 
 class Finished(NamedTuple):
-    """The final state, and the log: a record for every step (`step`, `loss`, ...) and for every evaluation (`eval`)."""
+    """The final state, and the log: a record for every step (`step`, `loss`, ...) and for every evaluation (`eval`).
+
+    Of a run that was asked to stop the last record is an evaluation of where it stopped; if no checkpoint was due, it
+    is marked `stopped`, and a run that goes on forgets it.
+    """
 
     state: Any
     log: list[dict[str, Any]]
@@ -65,7 +69,8 @@ def run_steps(
 ) -> Finished:
     """Runs `step` until `steps` are done, resuming from the newest checkpoint in `directory` where there is one.
 
-    Several processes (`jax.distributed`) all call this with the same `directory`; the first one writes the log.
+    Where a stop is asked for, it saves the step that it has come to, and ends. Several processes (`jax.distributed`)
+    all call this with the same `directory`; the first one writes the log, and they stop together, at a checkpoint.
 
     Args:
       step: `(state, batch) -> (state, metrics)`, jitted; may donate the state. Metrics are arrays; `loss` is a scalar.
@@ -73,7 +78,7 @@ def run_steps(
         own: nothing else holds it, so that a step may donate it and there is no second one.
       batches: dicts of NumPy arrays, in a fixed order.
       checkpoint_every: steps between checkpoints; there is one at the end too. Losses are checked and logged then.
-      settings: what the run depends on, the data too, as JSON takes it (`identity`): a run is resumed only with the
+      settings: what the run depends on, the data too, as JSON takes it (`run_settings`): a run is resumed only with the
         settings that it was begun with. None: nobody checks.
       evaluate: gives an `eval` record before the first step and at every checkpoint.
       report: called with every evaluation's record.
@@ -95,10 +100,10 @@ def run_steps(
     first = checkpoint.latest(checkpoints)
     log: list[dict[str, Any]] = []
     if settings is not None and first is None:
-        _begin(directory / identity.FILE, identity.as_json(settings))
+        _begin(directory / run_settings.FILE, run_settings.as_json(settings))
     if first is not None:
         if settings is not None:
-            identity.check(directory / identity.FILE, settings)
+            run_settings.check(directory / run_settings.FILE, settings)
         if first > steps:
             raise CheckpointError(
                 f"{checkpoints} is at step {first}, past the {steps} that are asked for; ask for more, or name "
@@ -113,7 +118,7 @@ def run_steps(
                 "directory."
             )
         lines = (directory / LOG).read_text("utf-8").splitlines()
-        log = [record for record in map(json.loads, lines) if record["step"] <= first]
+        log = [r for r in map(json.loads, lines) if r["step"] <= first and not r.get("stopped")]
     elif evaluate is not None:
         log = [{"step": 0, "eval": evaluate(state)}]
         report(log[0])
@@ -131,7 +136,9 @@ def run_steps(
         pending.append(metrics)
         if monitor is not None:
             monitor.step(done, metrics)
-        if done % checkpoint_every and done < steps:
+        due = done % checkpoint_every == 0 or done == steps
+        stop = done < steps and _stop(due)
+        if not due and not stop:
             continue
         records = _records(jax.device_get(pending), done - len(pending) + 1)
         # Saved only when it is known to be good: a loss says nothing yet of the update that followed it.
@@ -149,7 +156,7 @@ def run_steps(
         amounts = {f"{name}_per_second": rate * amount for name, amount in (per_step or {}).items()}
         records[-1] |= {"steps_per_second": rate, **amounts}
         value = None
-        if evaluate is not None:
+        if evaluate is not None and due:
             records.append({"step": done, "eval": evaluate(state)})
             value = None if score is None else score(records[-1]["eval"])
             report(records[-1])
@@ -161,8 +168,21 @@ def run_steps(
         newest = done
         if monitor is not None:
             monitor.logged(records)
+        if stop:
+            if evaluate is not None and not due:
+                log.append({"step": done, "eval": evaluate(state), "stopped": True})
+                report(log[-1])
+                _write_log(directory, log)
+            break
         pending, began = [], time.perf_counter()
     return Finished(state, log)
+
+
+def _stop(due: bool) -> bool:
+    # Of several processes each may learn of it at another step.
+    if jax.process_count() == 1:
+        return stopping.asked() is not None
+    return due and bool(multihost_utils.process_allgather(np.bool_(stopping.asked() is not None)).any())
 
 
 def _check_hosts(checkpoints: Path, settings: Mapping[str, Any] | None) -> None:
@@ -170,7 +190,7 @@ def _check_hosts(checkpoints: Path, settings: Mapping[str, Any] | None) -> None:
     # Orbax itself waits for all processes where it finds a directory.
     if jax.process_count() == 1:
         return
-    mark = hashlib.sha256(identity.as_json(settings or {}).encode()).digest()
+    mark = hashlib.sha256(run_settings.as_json(settings or {}).encode()).digest()
     marks = multihost_utils.process_allgather(np.frombuffer(mark, np.uint8))
     there = [int(path.name) for path in checkpoints.glob("*") if path.name.isdigit()]
     begun = multihost_utils.process_allgather(np.int32(max(there, default=-1)))

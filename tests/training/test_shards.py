@@ -175,7 +175,7 @@ def test_directories_that_cannot_be_read(tiny, prompts, whole, tmp_path):
     with pytest.raises(sj.DataError, match=r"version .*9.*Make the data again"):
         make_corpus(tiny, data, QUIET)
     (tmp_path / "file").touch()
-    with pytest.raises(sj.DataError, match="cannot make the directory"):
+    with pytest.raises(sj.DataError, match="cannot make or write the directory"):
         make_corpus(tiny, settings(tmp_path / "file", prompts), QUIET)
 
 

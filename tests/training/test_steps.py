@@ -21,8 +21,8 @@ import pytest
 import safetensors.numpy
 
 import specjax as sj
+from specjax import run_settings
 from specjax.loading import checkpoint
-from specjax.training import identity
 from specjax.training.steps import LOG, best_state, run_steps
 
 TRAIN = """
@@ -281,15 +281,15 @@ def test_a_run_goes_on_only_with_what_it_was_begun_with(tmp_path):
     assert "name another --output-dir" in str(refused.value)
     assert (checkpoint.latest(tmp_path / "run" / "checkpoints"), (tmp_path / "run" / LOG).read_bytes()) == (3, log)
     assert float(run(6, begun).state["sum"]) == sum(range(6))
-    (tmp_path / "run" / identity.FILE).write_text("{")
+    (tmp_path / "run" / run_settings.FILE).write_text("{")
     with pytest.raises(sj.CheckpointError, match=r"settings\.json, .*cannot be read .*put it back"):
         run(9, begun)
-    (tmp_path / "run" / identity.FILE).unlink()
+    (tmp_path / "run" / run_settings.FILE).unlink()
     with pytest.raises(sj.CheckpointError, match=r"settings\.json, .*is missing: an older version .*name another"):
         run(9, begun)
     # Begun, but with no checkpoint yet: there is nothing to keep.
     (tmp_path / "new").mkdir()
-    (tmp_path / "new" / identity.FILE).write_text(identity.as_json(other))
+    (tmp_path / "new" / run_settings.FILE).write_text(run_settings.as_json(other))
     assert float(run(3, begun, tmp_path / "new").state["sum"]) == sum(range(3))
 
 

@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 
 import specjax as sj
+from specjax import run_settings
 from specjax.corpus.conversation import Conversation, text_identity
 from specjax.fingerprint import arrays_fingerprint
-from specjax.training import identity
 
 
 def test_a_refusal_shows_where_two_settings_part(tmp_path):
     def refused(before, now):
-        file = tmp_path / identity.FILE
-        file.write_text(identity.as_json({"x": before}))
+        file = tmp_path / run_settings.FILE
+        file.write_text(run_settings.as_json({"x": before}))
         with pytest.raises(sj.CheckpointError) as refusal:
-            identity.check(file, {"x": now})
+            run_settings.check(file, {"x": now})
         return str(refusal.value).split("begun with ")[1].split(": go back")[0]
 
     path = [[0] * depth for depth in range(1, 40)]
@@ -29,9 +29,9 @@ def test_a_refusal_shows_where_two_settings_part(tmp_path):
 
 def test_what_is_absent_is_explained_where_an_older_version_did_not_ask_for_it(tmp_path):
     def refused(before, now):
-        (tmp_path / identity.FILE).write_text(identity.as_json(before))
+        (tmp_path / run_settings.FILE).write_text(run_settings.as_json(before))
         with pytest.raises(sj.CheckpointError) as refusal:
-            identity.check(tmp_path / identity.FILE, now)
+            run_settings.check(tmp_path / run_settings.FILE, now)
         return str(refusal.value)
 
     lora = {"training": {"lora": {"rank": 4}}, "tree": [[0]]}
