@@ -23,6 +23,7 @@ from specjax.fingerprint import fingerprint
 from specjax.heads import Heads, MedusaConfig, MedusaHeads, check_token_map
 from specjax.loading import safetensors, torch_pickle
 from specjax.loading.head_layouts import Tensor, differences, read_published, refuse
+from specjax.loading.json_files import json_object
 from specjax.loading.load import Model
 from specjax.target.config import ModelConfig
 from specjax.target.params import Params, check_dtype
@@ -61,7 +62,7 @@ def load_heads(source: str | os.PathLike[str], config: ModelConfig, *, dtype: DT
     check_is(config, ModelConfig, "the target's config", "pass model.config.")
     files = _files(_resolve(source))
     try:
-        tensors, extra = _tensors(files), _json(files[0].parent / "config.json")
+        tensors, extra = _tensors(files), json_object(files[0].parent / "config.json") or {}
         native = _native_header(files[0])
         if dtype is None:
             floats = {t.dtype for t in tensors.values() if t.dtype.kind != "i"}
@@ -189,15 +190,6 @@ def _tensors(files: list[Path]) -> dict[str, Tensor]:
             found[stored.name] = Tensor(stored.shape, np.dtype(_DTYPES[stored.dtype]), everything)
     refuse(problems)
     return found
-
-
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        return dict(json.loads(path.read_text("utf-8")))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not a JSON object ({error}); is the download complete?") from error
 
 
 def _native_header(path: Path) -> dict[str, str] | None:

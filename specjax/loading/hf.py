@@ -17,6 +17,7 @@ from specjax.errors import CheckpointError
 from specjax.files import write_atomically
 from specjax.loading import layout
 from specjax.loading import safetensors as tensors
+from specjax.loading.json_files import json_object
 from specjax.target.config import ModelConfig
 from specjax.target.families import config_from_hf, family_of
 from specjax.target.params import Params
@@ -38,10 +39,10 @@ def load_hf(
       ConfigError: an architecture or feature that the decoder does not compute.
     """
     directory = Path(directory)
-    raw = _json(directory / "config.json")
+    raw = json_object(directory / "config.json")
     if raw is None:
         raise CheckpointError(f"{directory} has no config.json; expected a Hugging Face model directory.")
-    config = config_from_hf(raw, _json(directory / "generation_config.json"))
+    config = config_from_hf(raw, json_object(directory / "generation_config.json"))
     found = list(tensors.scan(tensors.files(directory)))
     config, names = _tied(config, {t.name: t for t in found}, str(directory))
     plan = layout.layout(config, names)
@@ -165,15 +166,3 @@ def _hf_config(params: Params, config: ModelConfig) -> dict[str, Any]:
         "eos_token_id": list(config.eos_token_ids) or None,
         **more,
     }
-
-
-def _json(path: Path) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); is the download complete?") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds {type(content).__name__}, not a JSON object; is the download complete?")
-    return content

@@ -1,6 +1,5 @@
 """The tokenizer of a Hugging Face directory: `tokenizer.json`, and what older files beside it say of special tokens."""
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from tokenizers import AddedToken
 
 from specjax.checks import is_whole
 from specjax.errors import CheckpointError
+from specjax.loading.json_files import json_object
 
 FILES = (
     "tokenizer.json",
@@ -41,8 +41,9 @@ def read(directory: Path) -> tuple[tokenizers.Tokenizer, dict[str, str], str | N
         raise CheckpointError(f"{file} cannot be read by tokenizers {tokenizers.__version__}: {error}") from error
     backend.no_truncation()  # limits that were in force when the file was written
     backend.no_padding()
-    settings, listed = _object(directory / "tokenizer_config.json"), _object(directory / "special_tokens_map.json")
-    _add_numbered(backend, _object(directory / "added_tokens.json"), settings, directory)
+    sides = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    settings, listed, numbered = (json_object(directory / name) or {} for name in sides)
+    _add_numbered(backend, numbered, settings, directory)
     special = {}
     for name in _NAMES:
         said = _text(settings.get(name), name, "tokenizer_config.json")
@@ -78,18 +79,6 @@ def template_in(found: Any, where: str) -> str | None:
     if found is not None and not isinstance(found, str):
         raise CheckpointError(f"{where} is {found!r}; expected a text, or a list of names with templates.")
     return found
-
-
-def _object(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not a JSON object ({error}); is the download complete?") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is not a JSON object ({type(content).__name__}); is the download complete?")
-    return content
 
 
 def _text(value: Any, name: str, source: str) -> str | None:

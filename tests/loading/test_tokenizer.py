@@ -3,15 +3,17 @@
 tests/parity holds the comparisons with transformers' tokenizers.
 """
 
+import dataclasses
 import json
 from datetime import date
 
 import pytest
 import tokenizers
-from conftest import TEMPLATE
+from conftest import TEMPLATE, tiny_model
 from gguf import TokenType
 from tokenizers import models, pre_tokenizers, processors
 
+import specjax as sj
 from specjax.errors import CheckpointError, ConfigError, PromptError
 from specjax.loading.gguf_tokenizer import _pre_tokenizer
 from specjax.loading.load import load_model
@@ -293,6 +295,34 @@ def test_rows_that_a_converter_added_are_no_tokens():
     # What stands among tokens is one.
     among = more | {"tokenizer.ggml.token_type": [TokenType.UNUSED] * 9 + [TokenType.NORMAL] * 3}
     assert Tokenizer.from_gguf(among, ()).vocab_size == 10
+
+
+def test_models_that_differ_in_padding_draft_for_each_other(tmp_path):
+    metadata = _byte_level()
+    tokens = metadata["tokenizer.ggml.tokens"] + [f"t{n}" for n in range(260 - 9)]
+    types = metadata["tokenizer.ggml.token_type"] + [TokenType.NORMAL] * (260 - 9)
+
+    def padded(size, role, name="[PAD{}]"):
+        """As converters fill up the rows, so that their number is a round one."""
+        names = {"tokenizer.ggml.tokens": tokens + [name.format(n) for n in range(260, size)]}
+        return metadata | names | {"tokenizer.ggml.token_type": types + [role] * (size - 260)}
+
+    Tokenizer.from_gguf(padded(260, 1), ()).save(tmp_path)
+    sides = {
+        "GGUF": Tokenizer.from_gguf(padded(272, TokenType.UNUSED), ()),
+        "more": Tokenizer.from_gguf(padded(288, TokenType.NORMAL), ()),
+        "reserved": Tokenizer.from_gguf(padded(288, TokenType.CONTROL, "<|reserved_special_token_{}|>"), ()),
+        "directory": Tokenizer.from_hf(tmp_path, ()),
+    }
+    sizes = {"GGUF": 272, "more": 288, "reserved": 288, "directory": 264}
+    models = {name: dataclasses.replace(tiny_model(vocab=sizes[name]), tokenizer=one) for name, one in sides.items()}
+    for draft in models.values():
+        for target in models.values():
+            sj.DraftModelDrafter(draft, sj.Tree.chain(2)).check(target)
+    tokens[20] = "other"
+    other = dataclasses.replace(models["more"], tokenizer=Tokenizer.from_gguf(padded(288, TokenType.UNUSED), ()))
+    with pytest.raises(sj.ConfigError, match=r"2 entries differ, the first is token '(other|t11)' with id 20"):
+        sj.DraftModelDrafter(other, sj.Tree.chain(2)).check(models["GGUF"])
 
 
 SIDE = {
