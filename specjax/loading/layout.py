@@ -92,7 +92,7 @@ class Layout:
     def view(self, piece: Piece, leaf: np.ndarray) -> np.ndarray:
         """The part of `leaf` that `piece` fills, as a view with one axis for each stored letter."""
         stored = piece.stored.replace(" ", "")
-        part = leaf[piece.part].reshape([self.sizes[a] for a in piece.leaf], copy=False)
+        part = leaf[piece.part].reshape(tuple(self.sizes[a] for a in piece.leaf), copy=False)
         return part.transpose([piece.leaf.index(a) for a in stored])
 
 

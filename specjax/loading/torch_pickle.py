@@ -21,7 +21,7 @@ import numpy as np
 from specjax.errors import CheckpointError
 
 _REMEDY = "convert it where torch is: safetensors.torch.save_file(torch.load(FILE, weights_only=True), NEW_FILE)."
-_STORAGES = {
+_STORAGES: dict[str, np.dtype[Any]] = {
     "FloatStorage": np.dtype(np.float32),
     "HalfStorage": np.dtype(np.float16),
     "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
