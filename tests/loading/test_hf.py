@@ -17,6 +17,7 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors.numpy import load_file, save_file
 
 from specjax.errors import CheckpointError, ConfigError
+from specjax.loading import safetensors
 from specjax.loading.hf import load_hf, save_hf
 from specjax.loading.load import load_draft, load_model, save_draft
 from specjax.target.config import ModelConfig, RopeScaling
@@ -180,7 +181,7 @@ def test_a_stored_head_that_differs_is_used(params, tmp_path, stored):
     ("name", "content", "message"),
     [
         ("config.json", None, "has no config.json"),
-        ("config.json", b"{", "config.json is not valid JSON"),
+        ("config.json", b"{", "config.json is not a JSON object"),
         ("model.safetensors", None, "neither model.safetensors nor"),
         ("model.safetensors", b"\x08\0\0\0\0\0\0\0not json", "not readable as safetensors"),
     ],
@@ -220,6 +221,13 @@ def test_sources_that_do_not_exist(tmp_path):
 def test_other_dtypes_are_refused(directory, dtype):
     with pytest.raises(ConfigError, match=r"float16|fp16"):
         load_model(directory, dtype=dtype)
+
+
+@pytest.mark.parametrize("shard", ["../a.safetensors", "/etc/passwd", "folder/a.safetensors", "..", "", "a\\b", "a\0b"])
+def test_an_index_names_files_beside_it_alone(shard, tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": shard}}))
+    with pytest.raises(CheckpointError, match="expected names of files beside it, without folders"):
+        safetensors.files(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 3}}'])
