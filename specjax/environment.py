@@ -12,6 +12,8 @@ from typing import Any
 
 import jax
 
+from specjax import ops
+
 # What decides how fast products run; the rest of a CPU's flags does not help a reader.
 _FLAGS = (
     "fma", "avx2", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_tile", "amx_bf16", "amx_int8", "asimd",
@@ -42,6 +44,7 @@ def environment() -> dict[str, Any]:
         "device": jax.devices()[0].device_kind,
         "cpu_count": os.cpu_count(),
         "cpu": cpu(),
+        "cpu_products": ops.cpu_products_here(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **_revision(),

@@ -10,9 +10,10 @@ from conftest import noisy_heads, tiered, tiny_model
 
 import specjax as sj
 from specjax import loop, ops
-from specjax.ops import cpu, plain
+from specjax.ops import cpu, native, plain
 from specjax.target.cache import zeros
 
+PRODUCTS = ("xla", "native") if native.missing() is None else ("xla",)
 SPECS = {
     "TD,KQHD->TKQH": ((6,), (2, 3, 4, 6)),
     "TKGH,DKGH->TD": ((2, 3, 4), (7, 2, 3, 4)),
@@ -25,10 +26,16 @@ def drawn(*shape, dtype=jnp.float32, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
+@pytest.mark.parametrize("kind", PRODUCTS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("rows", tiered(lambda rows: rows in (1, 5, 32, 65), [1, 2, 5, 8, 17, 32, 64, 65]))
 @pytest.mark.parametrize("spec", SPECS)
-def test_products(spec, rows, dtype):
+def test_products(spec, rows, dtype, kind):
+    with ops.cpu_products(kind):
+        _products(spec, rows, dtype)
+
+
+def _products(spec, rows, dtype):
     inner, shape = SPECS[spec]
     x, w = drawn(rows, *inner, dtype=dtype), drawn(*shape, dtype=dtype, seed=1)
     assert cpu.rearranges(spec, x) == (rows <= 64 and spec != "TD,DE->TE")
@@ -58,21 +65,29 @@ def test_embedding(dtype):
     np.testing.assert_array_equal(cpu.embedding(table, tokens), plain.embedding(table, tokens))
 
 
-@pytest.mark.parametrize(("first", "end"), [(0, 1), (0, 200), (130, 300), (0, 512)])
-def test_the_prefix_in_blocks(first, end):
-    """Through the public function, whose blocks are those of a CPU."""
-    t, slots = 3, 4 * cpu.BLOCK
-    q, k, v = drawn(2, 2 * t, 8), drawn(2, 8, slots, seed=1), drawn(2, slots, 8, seed=2)
-    mask = jnp.broadcast_to((jnp.arange(slots) >= first) & (jnp.arange(slots) < end), (t, slots))
-    prefix = plain.Prefix(k, v, mask, jnp.int32(first), jnp.int32(end))
-    nothing = jnp.full((2, 2 * t, 1), plain.NEG_INF), jnp.zeros((2, 2 * t, 1)), jnp.zeros((2, 2 * t, 8))
-    for ours, theirs in zip(
-        ops.attend_prefix(q, nothing, prefix), plain.attend_prefix(q, nothing, prefix), strict=True
-    ):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("kind", PRODUCTS)
+@pytest.mark.parametrize("slots", [64, 4 * cpu.BLOCK])
+@pytest.mark.parametrize(("first", "end"), [(0, 0), (0, 1), (0, 200), (130, 300), (0, 512)])
+def test_attention(kind, slots, first, end):
+    """Through the public function, whose forms are those of a CPU."""
+    t = 3
+    q, k, v = drawn(2, 2 * t, 9), drawn(2, 9, t, seed=3), drawn(2, t, 9, seed=4)
+    cached = drawn(2, 9, slots, seed=1), drawn(2, slots, 9, seed=2)
+    seen = (jnp.arange(slots) >= first) & (jnp.arange(slots) < end)
+    prefix = plain.Prefix(*cached, jnp.broadcast_to(seen, (t, slots)), jnp.int32(first), jnp.int32(min(end, slots)))
+    mask = jnp.array([[1, 0, 0], [1, 1, 0], [1, 0, 1]], bool)
+    expected = plain.attention(q, k, v, mask, prefix)
+    with ops.cpu_products(kind):
+        np.testing.assert_allclose(ops.attention(q, k, v, mask, prefix), expected, rtol=1e-5, atol=1e-5)
+        batched = jax.vmap(ops.attention, (0, 0, 0, None, None))(
+            *(jnp.stack([x, 2 * x]) for x in (q, k, v)), mask, prefix
+        )
+    np.testing.assert_allclose(batched[0], expected, rtol=1e-5, atol=1e-5)
+    twice = plain.attention(2 * q, 2 * k, 2 * v, mask, prefix)
+    np.testing.assert_allclose(batched[1], twice, rtol=1e-5, atol=1e-5)
 
 
-def lowered(platform, dtype):
+def lowered(platform, dtype, kind="xla"):
     """StableHLO of a loop of rounds, for a platform that need not be here."""
     model = tiny_model(num_layers=1)
     model = sj.Model(jax.tree.map(lambda x: x.astype(dtype), model.params), model.config, None)
@@ -82,7 +97,7 @@ def lowered(platform, dtype):
     def decode(plan, tokens):
         return loop.run_rounds(plan, loop.start(plan, tokens, jnp.int32(9), jnp.int32(40), jax.random.key(0)))
 
-    with ops.tracing_for(platform):
+    with ops.tracing_for(platform), ops.cpu_products(kind):
         return jax.jit(decode).trace(plan, jnp.zeros(512, jnp.int32)).lower(lowering_platforms=(platform,)).as_text()
 
 
@@ -101,7 +116,47 @@ def test_other_platforms_have_the_plain_forms_alone(platform, dtype):
         assert "tensor<6x61xf32>" in text
 
 
-def test_rows_are_padded_on_a_cpu_alone():
+@pytest.mark.skipif(PRODUCTS == ("xla",), reason="there are no native products here")
+@pytest.mark.parametrize("platform", ["cuda", "tpu", "cpu"])
+def test_native_operations_are_a_cpus(platform):
+    text = lowered(platform, jnp.bfloat16, "native")
+    assert all((f"specjax_{name}" in text) == (platform == "cpu") for name in ("dot", "attend", "norm"))
+
+
+def test_products_are_chosen(monkeypatch):
+    with ops.cpu_products("fast"), pytest.raises(sj.ConfigError, match="'fast'; expected 'native' or 'xla'"):
+        ops.padded_rows(5, jnp.float32)
+    with ops.cpu_products("xla"):
+        assert "as was asked" in ops.cpu_products_here()
+    monkeypatch.setenv("SPECJAX_CPU_PRODUCTS", "xla")
+    assert not cpu.native_serves()
+    with ops.cpu_products(PRODUCTS[-1]):  # what is said in the program wins
+        assert cpu.native_serves() == (PRODUCTS[-1] == "native")
+    monkeypatch.setattr(native, "missing", lambda: "they are not built")
+    assert ops.cpu_products_here() == "XLA's, as was asked"
+    monkeypatch.delenv("SPECJAX_CPU_PRODUCTS")
+    assert ops.cpu_products_here() == "XLA's: they are not built"
+    with ops.cpu_products("native"), pytest.raises(sj.ConfigError, match="asked for, but they are not built"):
+        cpu.native_serves()
+
+
+@pytest.mark.skipif(PRODUCTS == ("xla",), reason="there are no native products here")
+def test_wrong_operands_are_refused_not_read():
+    x, w = jnp.zeros((2, 8)), jnp.zeros((4, 8))
+    for wrong in ((x, jnp.zeros((4, 7))), (x, w.astype(jnp.bfloat16)), (x.astype(int), w.astype(int)), (x[0], w)):
+        shape = jax.ShapeDtypeStruct((2, 4), jnp.float32)
+        with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT"):
+            jax.ffi.ffi_call("specjax_dot", shape)(*wrong).block_until_ready()
+
+
+@pytest.fixture
+def xla():
+    """XLA's products, whose rows are padded."""
+    with ops.cpu_products("xla"):
+        yield
+
+
+def test_rows_are_padded_on_a_cpu_alone(xla):
     assert [ops.padded_rows(rows, jnp.float32) for rows in (1, 4, 5, 8, 9, 16, 17)] == [1, 4, 8, 8, 16, 16, 17]
     assert ops.padded_rows(5, jnp.bfloat16) == 5
     with ops.tracing_for("tpu"):
@@ -109,7 +164,7 @@ def test_rows_are_padded_on_a_cpu_alone():
     assert ops.padded_rows(5, jnp.float32) == 8
 
 
-def test_what_was_traced_for_a_cpu_is_traced_anew_for_another_platform():
+def test_what_was_traced_for_a_cpu_is_traced_anew_for_another_platform(xla):
     """One function, as `decode` is, whose trace `jit` keeps."""
     rows = jax.jit(lambda x: jnp.zeros(ops.padded_rows(len(x), x.dtype)))
     x = jnp.zeros(6)

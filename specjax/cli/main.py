@@ -34,10 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"specjax: a drafter has an option that is the command's own: {error}; rename it.", file=sys.stderr)
         return 2
     # An experiment's own options are parsed by its config.
-    options, rest = parser.parse_known_args(arguments)
-    if rest and options.command != "run":
-        parser.error(f"unrecognised arguments: {' '.join(rest)}")
     try:
+        options, rest = parser.parse_known_args(arguments)
+        if rest and options.command != "run":
+            parser.error(f"unrecognised arguments: {' '.join(rest)}")
         code = int(options.function(options, rest))
         sys.stdout.flush()
         return code
@@ -65,10 +65,19 @@ def _drafters(arguments: list[str]) -> dict[str, "DrafterEntry"]:
     return {name: registry.drafter_entry(name) for name in registry.drafter_names()} | named
 
 
+class _Version(argparse.Action):
+    """What the products are is looked up when it is asked for: it takes JAX."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from specjax import ops
+
+        parser.exit(message=f"specjax {specjax.__version__} (CPU products: {ops.cpu_products_here()})\n")
+
+
 def _parser(drafters: "Mapping[str, DrafterEntry] | None") -> argparse.ArgumentParser:
     # Drafters' own options come from the registry, which loads JAX: only where they can be given.
     parser = argparse.ArgumentParser(prog="specjax", description="A laboratory for speculative decoding in JAX.")
-    parser.add_argument("--version", action="version", version=f"specjax {specjax.__version__}")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version, and which products a CPU has")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     # The file's own --help lists its options; without a file there is ours.

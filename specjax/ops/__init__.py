@@ -12,27 +12,28 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from specjax.ops import cpu, plain
-from specjax.ops.plain import Mixture, Prefix
+from specjax.ops.plain import Prefix
 
 __all__ = [
-    "Mixture",
     "Prefix",
-    "attend",
-    "attend_prefix",
+    "attention",
+    "cpu_products",
+    "cpu_products_here",
     "dot",
     "embedding",
     "nucleus",
     "padded_rows",
+    "rms_norm",
     "top_token",
     "tracing_for",
 ]
 
 # Part of what `jit` remembers a traced function by: one traced for another platform is not taken for this one's.
 _platform = jax.make_user_context(None)
-attend = plain.attend
+cpu_products, cpu_products_here = cpu.products, cpu.products_here
 
 
 def tracing_for(platform: str) -> AbstractContextManager[None]:
@@ -54,11 +55,25 @@ def dot(spec: str, x: Float[Array, "T *in"], w: Array) -> Float[Array, "T *out"]
     return jax.lax.platform_dependent(x, w, **forms)
 
 
-def attend_prefix(q: Float[Array, "K GT H"], mixture: Mixture, prefix: Prefix) -> Mixture:
-    """Adds to `mixture` what queries gather from the cached prefix."""
-    if not cpu.has_blocks(prefix):
-        return plain.attend_prefix(q, mixture, prefix)
-    return jax.lax.platform_dependent(q, mixture, prefix, cpu=cpu.attend_prefix, default=plain.attend_prefix)
+def attention(
+    q: Float[Array, "K GT H"],
+    k: Float[Array, "K H T"],
+    v: Float[Array, "K T H"],
+    mask: Bool[Array, "T T"],
+    prefix: Prefix | None,
+) -> Float[Array, "K GT H"]:
+    """What queries gather from the new tokens that they see, and from the cached prefix."""
+    if prefix is None or not cpu.reads(prefix, mask.shape[0]):
+        return plain.attention(q, k, v, mask, prefix)
+    return jax.lax.platform_dependent(q, k, v, mask, prefix, cpu=cpu.attention, default=plain.attention)
+
+
+def rms_norm(x: Float[Array, "*T D"], scale: Float[Array, "D"], eps: float) -> Float[Array, "*T D"]:
+    """RMSNorm (Zhang & Sennrich 2019) in float32."""
+    if not cpu.few(x):
+        return plain.rms_norm(x, scale, eps)
+    forms = {"cpu": functools.partial(cpu.rms_norm, eps), "default": functools.partial(plain.rms_norm, eps=eps)}
+    return jax.lax.platform_dependent(x, scale, **forms)
 
 
 def embedding(table: Float[Array, "V D"], tokens: Int[Array, "T"]) -> Float[Array, "T D"]:

@@ -1,5 +1,6 @@
 """Every operation as the mathematics says it: what runs on any platform that has no file of its own."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -44,9 +45,42 @@ def attend(
     return new_top, total * kept + weights.sum(-1, keepdims=True), mixed * kept + jnp.matmul(weights, v)
 
 
+def attention(
+    q: Float[Array, "K GT H"],
+    k: Float[Array, "K H T"],
+    v: Float[Array, "K T H"],
+    mask: Bool[Array, "T T"],
+    prefix: Prefix | None,
+) -> Float[Array, "K GT H"]:
+    """What queries gather from the new tokens that they see, and from the cached prefix."""
+    return attended(attend_prefix, q, k, v, mask, prefix)
+
+
+def attended(
+    reads: Callable[[Array, Mixture, Prefix], Mixture],
+    q: Float[Array, "K GT H"],
+    k: Float[Array, "K H T"],
+    v: Float[Array, "K T H"],
+    mask: Bool[Array, "T T"],
+    prefix: Prefix | None,
+) -> Float[Array, "K GT H"]:
+    """`attention` with a way to read the prefix."""
+    nothing = jnp.full((*q.shape[:2], 1), NEG_INF, jnp.float32), jnp.zeros((*q.shape[:2], 1)), jnp.zeros(q.shape)
+    mixture = attend(q, nothing, k, v, mask)
+    if prefix is not None:
+        mixture = reads(q, mixture, prefix)
+    _, total, mixed = mixture
+    return mixed / total
+
+
 def attend_prefix(q: Float[Array, "K GT H"], mixture: Mixture, prefix: Prefix) -> Mixture:
     """The whole cache at once, so that no loop waits for its length."""
     return attend(q, mixture, prefix.k, prefix.v, prefix.mask)
+
+
+def rms_norm(x: Float[Array, "*T D"], scale: Float[Array, "D"], eps: float) -> Float[Array, "*T D"]:
+    """RMSNorm (Zhang & Sennrich 2019) in float32."""
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + eps) * scale.astype(jnp.float32)
 
 
 def embedding(table: Float[Array, "V D"], tokens: Int[Array, "T"]) -> Float[Array, "T D"]:

@@ -37,11 +37,6 @@ class Output:
     taps: tuple[Float[Array, "T D"], ...]  # residual stream after the layers asked for
 
 
-def rms_norm(x: Float[Array, "*T D"], scale: Float[Array, "D"], eps: float) -> Float[Array, "*T D"]:
-    """RMSNorm (Zhang & Sennrich 2019) in float32."""
-    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + eps) * scale.astype(jnp.float32)
-
-
 def rope_frequencies(config: ModelConfig) -> np.ndarray:
     """Inverse frequencies [H/2] in radians per position, scaling applied; static, float64 until the end."""
     half = config.head_dim // 2
@@ -85,16 +80,8 @@ def _attention(
     # The prefix is read where it lies and the new rows beside it: nothing is written before it is accepted.
     t, kv_heads, g, h = q.shape
     q = (q * h**-0.5).transpose(1, 2, 0, 3).reshape(kv_heads, g * t, h)
-    nothing = (
-        jnp.full((kv_heads, g * t, 1), ops.plain.NEG_INF, jnp.float32),
-        jnp.zeros((kv_heads, g * t, 1), jnp.float32),
-        jnp.zeros((kv_heads, g * t, h), jnp.float32),
-    )
-    mixture = ops.attend(q, nothing, *rows, mask)
-    if prefix is not None:
-        mixture = ops.attend_prefix(q, mixture, prefix)
-    _, total, mixed = mixture
-    return (mixed / total).reshape(kv_heads, g, t, h).transpose(2, 0, 1, 3)
+    mixed = ops.attention(q, *rows, mask, prefix)
+    return mixed.reshape(kv_heads, g, t, h).transpose(2, 0, 1, 3)
 
 
 def layer_forward(
@@ -115,7 +102,7 @@ def layer_forward(
         return out if extra is None else out + extra(name, x)
 
     with jax.named_scope("attention"):
-        h = rms_norm(x, layer.attn_norm, config.rms_norm_eps)
+        h = ops.rms_norm(x, layer.attn_norm, config.rms_norm_eps)
         qkv = product("qkv", "TD,KQHD->TKQH", h)
         if layer.qkv_bias is not None:
             qkv = qkv + layer.qkv_bias.astype(jnp.float32)
@@ -124,7 +111,7 @@ def layer_forward(
         v = jnp.einsum("TKH->KTH", qkv[:, :, g + 1])
         x = x + product("out", "TKGH,DKGH->TD", _attention(qk[:, :, :g], (k, v), mask, prefix))
     with jax.named_scope("mlp"):
-        h = rms_norm(x, layer.mlp_norm, config.rms_norm_eps)
+        h = ops.rms_norm(x, layer.mlp_norm, config.rms_norm_eps)
         gate_up = product("gate_up", "TD,CFD->TCF", h)
         x = x + product("down", "TF,DF->TD", jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1])
     return x, k, v
@@ -200,7 +187,7 @@ def forward(
         vs.append(v)
         if i in taps:
             tapped[i] = x
-    features = rms_norm(x, params.final_norm, config.rms_norm_eps)
+    features = ops.rms_norm(x, params.final_norm, config.rms_norm_eps)
     return Output(features, Rows(tuple(ks), tuple(vs)), tuple(tapped[i] for i in taps))
 
 

@@ -17,10 +17,11 @@ from specjax.errors import ConfigError
 from specjax.loading.hf import save_hf
 from specjax.loading.load import _packaged, load_model
 from specjax.loading.tokenizer import Tokenizer
+from specjax.ops.plain import rms_norm
 from specjax.target import cache as kv
 from specjax.target.config import ModelConfig, RopeScaling
 from specjax.target.families import config_from_hf
-from specjax.target.model import forward, rms_norm, rope_frequencies, unembed
+from specjax.target.model import forward, rope_frequencies, unembed
 from specjax.target.params import init
 
 TOLERANCE = 1e-4
