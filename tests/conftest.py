@@ -15,6 +15,7 @@ import pytest
 import tokenizers
 
 import specjax as sj
+from specjax import ops
 from specjax.heads import init_heads
 from specjax.loading.head_files import save_heads
 from specjax.loading.hf import save_hf
@@ -152,6 +153,13 @@ def model() -> sj.Model:
 def smollm2() -> sj.Model:
     """SmolLM2-135M-Instruct, float32."""
     return sj.load_model("smollm2-135m-instruct")
+
+
+@pytest.fixture
+def xla_products():
+    """XLA's products on a CPU, for which rows are padded and the cache is read in blocks."""
+    with ops.cpu_products("xla"):
+        yield
 
 
 TEMPLATE = (

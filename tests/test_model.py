@@ -54,6 +54,7 @@ def poisoned(cache, slots):
 
 
 @on_cpu
+@pytest.mark.usefixtures("xla_products")
 def test_blocks_that_nobody_sees_are_not_read():
     model, cache = filled()
     np.testing.assert_array_equal(features(model, cache), features(model, poisoned(cache, slice(3 * BLOCK, None))))

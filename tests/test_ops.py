@@ -149,14 +149,8 @@ def test_wrong_operands_are_refused_not_read():
             jax.ffi.ffi_call("specjax_dot", shape)(*wrong).block_until_ready()
 
 
-@pytest.fixture
-def xla():
-    """XLA's products, whose rows are padded."""
-    with ops.cpu_products("xla"):
-        yield
-
-
-def test_rows_are_padded_on_a_cpu_alone(xla):
+@pytest.mark.usefixtures("xla_products")
+def test_rows_are_padded_on_a_cpu_alone():
     assert [ops.padded_rows(rows, jnp.float32) for rows in (1, 4, 5, 8, 9, 16, 17)] == [1, 4, 8, 8, 16, 16, 17]
     assert ops.padded_rows(5, jnp.bfloat16) == 5
     with ops.tracing_for("tpu"):
@@ -164,7 +158,8 @@ def test_rows_are_padded_on_a_cpu_alone(xla):
     assert ops.padded_rows(5, jnp.float32) == 8
 
 
-def test_what_was_traced_for_a_cpu_is_traced_anew_for_another_platform(xla):
+@pytest.mark.usefixtures("xla_products")
+def test_what_was_traced_for_a_cpu_is_traced_anew_for_another_platform():
     """One function, as `decode` is, whose trace `jit` keeps."""
     rows = jax.jit(lambda x: jnp.zeros(ops.padded_rows(len(x), x.dtype)))
     x = jnp.zeros(6)

@@ -71,7 +71,8 @@ class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         from specjax import ops
 
-        parser.exit(message=f"specjax {specjax.__version__} (CPU products: {ops.cpu_products_here()})\n")
+        print(f"specjax {specjax.__version__} (CPU products: {ops.cpu_products_here()})")
+        parser.exit()
 
 
 def _parser(drafters: "Mapping[str, DrafterEntry] | None") -> argparse.ArgumentParser:

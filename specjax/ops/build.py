@@ -19,7 +19,12 @@ def compilers() -> list[list[str]]:
     """Commands that may compile it, the best first: $CXX, the system's, Zig's."""
     named = [shlex.split(os.environ["CXX"])] if os.environ.get("CXX") else []
     found = [[name] for name in ("c++", "g++", "clang++") if shutil.which(name)]
-    zig = [[sys.executable, "-m", "ziglang", "c++"]] if importlib.util.find_spec("ziglang") else []
+    # Zig compiles for this very machine unless it is told otherwise.
+    zig = (
+        [[sys.executable, "-m", "ziglang", "c++", "-mcpu=baseline", "-s"]]
+        if importlib.util.find_spec("ziglang")
+        else []
+    )
     return named + found[:1] + zig
 
 

@@ -210,6 +210,7 @@ def test_a_batch_reads_the_nodes_where_some_member_has_a_draft(model, widths, ac
         np.testing.assert_array_equal(together.tokens[i, :length], one.tokens[:length])
 
 
+@pytest.mark.usefixtures("xla_products")
 def test_a_hybrid_reads_what_its_parts_need(model, widths):
     """Without an n-gram draft, the Medusa nodes alone."""
     ngram, heads = sj.NgramDrafter(sj.Tree.chain(3), min_n=2, reach=()), noisy_heads(model, 2)
@@ -246,6 +247,7 @@ def test_many_combinations_are_thinned():
     assert sj.HybridDrafter((part, part)).subtrees == ((0,), (0, *range(2, 21, 2)), (0, *range(1, 20, 2)))
 
 
+@pytest.mark.usefixtures("xla_products")
 def test_subtree_choices_are_the_cheapest_that_hold_the_drafts():
     """By number of rows; one that is padded to as many as one that holds it is left out, another as wide is not."""
     part = sj.NgramDrafter(sj.Tree.chain(2))

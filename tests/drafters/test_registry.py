@@ -183,11 +183,10 @@ def test_a_closed_pipe_ends_quietly():
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize("option", ["--help", "--version"])
-def test_the_command_answers_without_loading_jax(option):
-    probe = f"""
+def test_the_command_helps_without_loading_jax():
+    probe = """
 import sys
-sys.argv[1:] = [{option!r}]
+sys.argv[1:] = ["--help"]
 try:
     from specjax.cli.main import main
     main()
