@@ -20,12 +20,8 @@ def compilers() -> list[list[str]]:
     named = [shlex.split(os.environ["CXX"])] if os.environ.get("CXX") else []
     found = [[name] for name in ("c++", "g++", "clang++") if shutil.which(name)]
     # Zig compiles for this very machine unless it is told otherwise.
-    zig = (
-        [[sys.executable, "-m", "ziglang", "c++", "-mcpu=baseline", "-s"]]
-        if importlib.util.find_spec("ziglang")
-        else []
-    )
-    return named + found[:1] + zig
+    zig = [sys.executable, "-m", "ziglang", "c++", "-mcpu=baseline", "-s"]
+    return [*named, *found[:1], *([zig] if importlib.util.find_spec("ziglang") else [])]
 
 
 def build() -> Path:
