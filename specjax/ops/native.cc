@@ -52,8 +52,8 @@ constexpr int kQueries = 4;  // rows that one piece of work reads the cache for
 // begun, so that a busy pool cannot make it wait for ever; late helpers find nothing left, and the last one cleans up.
 class Shared {
  public:
-  template <class Work>
-  static void run(ffi::ThreadPool& pool, int64_t pieces, const Work& work) {
+  template <class Pool, class Work>
+  static void run(Pool& pool, int64_t pieces, const Work& work) {
     int64_t helpers = std::min<int64_t>(pool.num_threads(), pieces) - 1;
     if (helpers <= 0) {
       for (int64_t i = 0; i < pieces; ++i) work(i);
