@@ -66,7 +66,11 @@ def test_text_is_recognised():
     marks.append(text_identity(data[::-1])["fingerprint"])  # the order decides the batches
     assert len({known["fingerprint"], *marks}) == 6
     features = [d.features for d in data]
-    others = [[f + 1 for f in features], [f.astype(np.float32) for f in features], [f[:, :1] for f in features]]
+    others = [
+        [(f + 1).astype(f.dtype) for f in features],
+        [f.astype(np.float32) for f in features],
+        [f[:, :1] for f in features],
+    ]
     same = [
         text_identity([dataclasses.replace(d, features=f) for d, f in zip(data, other, strict=True)]) == known
         for other in others

@@ -149,7 +149,7 @@ def signalled(monkeypatch, number, at):
 # The signal comes with the `at`-th write; what the partial result must say.
 STOPS = {
     "decoding": (decoding, signal.SIGTERM, 8, r"SIGTERM: 2 of 5 prompts"),
-    "training": (training, signal.SIGINT, 9, r"SIGINT: step \d of 11"),
+    "training": (training, signal.SIGINT, 5, r"SIGINT: step \d of 11"),
     "text": (text, signal.SIGTERM, 8, r"SIGTERM: \d of 4 shards"),
     "ranks": (ranks, signal.SIGINT, 5, r"SIGINT: 2 of 3 answers"),
     "ranks, measuring": (ranks, signal.SIGINT, 9, r"SIGINT: 1 of 2 groups of texts"),
