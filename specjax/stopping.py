@@ -11,7 +11,15 @@ _asked: signal.Signals | None = None  # signals are the process's own, and so is
 
 
 class Stopped(BaseException):  # as KeyboardInterrupt: no `except Exception` is to swallow it
-    """A run was asked to stop; the message says by what, and how far it came."""
+    """A run was asked to stop; the message says by what, and how far it came.
+
+    Attributes:
+      signal: that asked for it.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.signal = _asked
 
 
 @contextmanager

@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGPIPE
     except Stopped as stopped:
         print(f"specjax: {stopped}. The same command goes on from there.", file=sys.stderr)
-        return 128 + signal.SIGINT
+        return 128 + (stopped.signal or signal.SIGINT)
     except KeyboardInterrupt:
         print("\nspecjax: interrupted.", file=sys.stderr)
         return 128 + signal.SIGINT

@@ -1,4 +1,4 @@
-"""What XLA:CPU computes faster in another arrangement. Measurements stand in docs/log.md."""
+"""What a CPU computes faster in another arrangement, or natively. Measurements stand in docs/log.md."""
 
 import functools
 import math
@@ -85,7 +85,7 @@ def dot(spec: str, x: Float[Array, "T *in"], w: Array) -> Float[Array, "T *out"]
         # it from folding the transposition back into the product.
         columns = jnp.einsum("OI,TI->OT", w, x)
         return jax.lax.optimization_barrier(columns).T.reshape(shape)
-    return plain.dot("TI,OI->TO", x, w).reshape(shape)
+    return plain.dot(_FLAT, x, w).reshape(shape)
 
 
 def _two_rows(x: Float[Array, "1 I"], w: Float[Array, "O I"]) -> Float[Array, "1 O"]:

@@ -1,4 +1,4 @@
-"""Products of few rows in C++ (native.cc), called through JAX's FFI: on a CPU a round is as fast as memory is read.
+"""Products, attention and norms of few rows in C++ (native.cc), called through JAX's FFI.
 
 `python -m specjax.ops.build` builds them; where they are not built, XLA's products serve.
 """
